@@ -1,0 +1,38 @@
+# Both targets need only Python 3.10+ and a C++ compiler: they create .venv, install fastret into it and run.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Torch's threads would otherwise spin while they wait, and slow whatever shares the machine.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.demo
+	$(BIN)/fastret train --data glyphs --loss smooth-ap --output runs/demo
+
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	rm -rf build/typed && $(BIN)/python setup.py --quiet build_py --build-lib build/typed
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p fastret
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that the tests see the checkout; the extension is built inside fastret/.
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(INSTALL) --editable '.[plot]'
+	touch $@
+$(VENV)/.test: $(BIN)/python $(SOURCES)
+	$(INSTALL) --editable '.[test]'
+	touch $@

@@ -1,0 +1,138 @@
+// Rows on their way into and out of a kernel: gathered in the kernel's order, converted, L2-normalised; and back.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "../common/array.h"
+#include "simd.h"
+
+FASTRET_ISA_BEGIN
+
+constexpr double kNormEps = 1e-12;  // rows shorter than this are divided by it, as torch.nn.functional.normalize does
+
+inline float widen(float v) { return v; }
+inline double widen(double v) { return v; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline float float_from(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline uint32_t bits_of(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+inline float widen(BFloat16 v) { return float_from(uint32_t(v.bits) << 16); }
+inline float widen(Half v) {
+  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
+  if (exponent == 31) return float_from(sign | 0x7f800000 | fraction << 13);
+  if (exponent == 0) return float_from(sign | bits_of(float(fraction) * 0x1p-24f));
+  return float_from(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void narrow(float v, float& out) { out = v; }
+inline void narrow(double v, double& out) { out = v; }
+inline void narrow(float v, BFloat16& out) {
+  const uint32_t bits = bits_of(v);
+  out.bits = v != v ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float v, Half& out) {
+  const uint32_t bits = bits_of(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (v != v) {
+    out.bits = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
+    out.bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {  // subnormal: the addition aligns and rounds
+    out.bits = uint16_t(sign | (bits_of(float_from(magnitude) + 0.5f) - 0x3f000000));
+  } else {
+    out.bits = uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+  }
+}
+
+// Calls visit(pointer) with the array's rows as their own type.
+template <class T, class Visit> void with_type(const Array& a, Visit visit) {
+  if constexpr (sizeof(T) == 8) {
+    visit(a.as<double>());
+  } else {
+    if (a.dtype == DType::bf16) visit(a.as<BFloat16>());
+    else if (a.dtype == DType::f16) visit(a.as<Half>());
+    else visit(a.as<float>());
+  }
+}
+
+// Norm of a row that neither overflows nor underflows; NaN when any element is NaN or infinite.
+template <class T> T norm_of(const T* row, int64_t d) {
+  constexpr int64_t V = lanes<T>;
+  Vec<T> squares{}, zeros{};
+  int64_t k = 0;
+  for (; k + V <= d; k += V) {
+    const Vec<T> v = load<T>(row + k);
+    squares += v * v;
+    zeros += v * T(0);  // 0 or NaN
+  }
+  T total = sum<T>(squares), poison = sum<T>(zeros);
+  for (; k < d; ++k) {
+    total += row[k] * row[k];
+    poison += row[k] * T(0);
+  }
+  constexpr T tiny = sizeof(T) == 4 ? T(1e-24) : T(1e-200), huge = sizeof(T) == 4 ? T(1e30) : T(1e300);
+  if ((total > tiny && total < huge) || poison != poison) return std::sqrt(total) + poison;
+  T largest = 0;
+  for (k = 0; k < d; ++k) largest = std::max(largest, std::abs(row[k]));
+  if (largest == T(0)) return T(0);
+  total = 0;
+  for (k = 0; k < d; ++k) total += (row[k] / largest) * (row[k] / largest);
+  return largest * std::sqrt(total);
+}
+
+template <class T> T dot(const T* a, const T* b, int64_t d) {
+  constexpr int64_t V = lanes<T>;
+  Vec<T> even{}, odd{};
+  int64_t k = 0;
+  for (; k + 2 * V <= d; k += 2 * V) {
+    even += load<T>(a + k) * load<T>(b + k);
+    odd += load<T>(a + k + V) * load<T>(b + k + V);
+  }
+  T total = sum<T>(even + odd);
+  for (; k < d; ++k) total += a[k] * b[k];
+  return total;
+}
+
+// out[p] = x[order[p]] for p in [begin, end), divided by its norm when `normalize`; norms[p] is that divisor.
+// Returns 0, or NaN when a row holds NaN or infinity: a bounded function of the scores would hide it.
+template <class T>
+T pack_rows(const Array& x, const int64_t* order, bool normalize, int64_t begin, int64_t end, T* out, T* norms) {
+  const int64_t d = x.cols;
+  T poison = 0;
+  with_type<T>(x, [&](auto* data) {
+    for (int64_t p = begin; p < end; ++p) {
+      const auto* row = data + order[p] * x.stride;
+      T* to = out + p * d;
+      for (int64_t k = 0; k < d; ++k) to[k] = widen(row[k]);
+      const T norm = norm_of(to, d);
+      if (norm != norm) poison = norm;
+      if (!normalize) continue;
+      norms[p] = norm < T(kNormEps) ? T(kNormEps) : norm;
+      for (int64_t k = 0; k < d; ++k) to[k] /= norms[p];
+    }
+  });
+  return poison;
+}
+
+// du (one row, gradient of the unit row u = x / norm) becomes the gradient of x, in place.
+template <class T> void project_row(T* du, const T* u, T norm, int64_t d) {
+  const T radial = norm > T(kNormEps) ? dot(du, u, d) : T(0);
+  for (int64_t k = 0; k < d; ++k) du[k] = (du[k] - radial * u[k]) / norm;
+}
+
+FASTRET_ISA_END

@@ -1,0 +1,129 @@
+// Vectors of the width of the instruction set, in GCC vector extensions (GCC and Clang, x86 and Arm).
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+
+FASTRET_ISA_BEGIN
+
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(FASTRET_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(FASTRET_VECTOR_BYTES)));
+};
+template <> struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(FASTRET_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(FASTRET_VECTOR_BYTES)));
+};
+template <class T> using Vec = typename VectorOf<T>::type;
+template <class T> using Bits = typename VectorOf<T>::bits;
+template <class T> constexpr int lanes = FASTRET_VECTOR_BYTES / sizeof(T);
+
+template <class T> inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T> inline void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T> inline Vec<T> splat(T s) { return Vec<T>{} + s; }
+
+// The first n < lanes<T> elements; the other lanes hold `fill`.
+template <class T> inline Vec<T> load_tail(const T* p, int64_t n, T fill) {
+  Vec<T> v = splat(fill);
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <class T> inline void store_tail(T* p, Vec<T> v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+template <class T> inline T sum(Vec<T> v) {
+  T s = v[0];
+  for (int i = 1; i < lanes<T>; ++i) s += v[i];
+  return s;
+}
+
+// 2^x for x clamped to the exponents of normal numbers. Relative error 5e-9 (float, before rounding), 1e-19 (double):
+// (2^f - 1)/f interpolated at Chebyshev nodes of |f| <= 1/2, so that 2^0 is exactly 1. NaN stays NaN: the exponent is
+// multiplied in, because adding it to the bits would turn a NaN into a number.
+inline Vec<float> exp2(Vec<float> x) {
+  const Vec<float> limit = splat(126.0f);
+  x = x < -limit ? -limit : x;
+  x = x > limit ? limit : x;
+  const Vec<float> magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23 + bias: its low bits become the exponent
+  const Vec<float> z = x + magic;
+  const Vec<float> f = x - (z - magic);
+  const Vec<float> scale = (Vec<float>)((Bits<float>)z << 23);
+  Vec<float> q = splat(1.5453162945120690e-4f);
+  q = q * f + 1.3390863364671234e-3f;
+  q = q * f + 9.6180825572778515e-3f;
+  q = q * f + 5.5503571142190778e-2f;
+  q = q * f + 2.4022650760568127e-1f;
+  q = q * f + 6.9314718802622878e-1f;
+  return (q * f + 1.0f) * scale;
+}
+inline Vec<double> exp2(Vec<double> x) {
+  const Vec<double> limit = splat(1022.0);
+  x = x < -limit ? -limit : x;
+  x = x > limit ? limit : x;
+  const Vec<double> magic = splat(6755399441055744.0 + 1023.0);
+  const Vec<double> z = x + magic;
+  const Vec<double> f = x - (z - magic);
+  const Vec<double> scale = (Vec<double>)((Bits<double>)z << 52);
+  Vec<double> q = splat(2.5729324177362304e-11);
+  q = q * f + 4.4558179083360645e-10;
+  q = q * f + 7.0548973041554993e-9;
+  q = q * f + 1.0178057087733941e-7;
+  q = q * f + 1.3215486808705563e-6;
+  q = q * f + 1.5252733841556773e-5;
+  q = q * f + 1.5403530393370733e-4;
+  q = q * f + 1.3333558146406471e-3;
+  q = q * f + 9.6181291076284795e-3;
+  q = q * f + 5.5504108664821627e-2;
+  q = q * f + 2.4022650695910071e-1;
+  q = q * f + 6.9314718055994531e-1;
+  return (q * f + 1.0) * scale;
+}
+
+// One lanes x lanes block, transposed in log2(lanes) perfect shuffles. add: onto what `to` holds.
+template <class T, bool add> inline void transpose_block(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  constexpr int V = lanes<T>;
+  Vec<T> a[V], b[V];
+  Bits<T> low, high;
+  for (int i = 0; i < V; ++i) {
+    a[i] = load<T>(from + i * from_stride);
+    low[i] = i % 2 * V + i / 2;
+    high[i] = i % 2 * V + V / 2 + i / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < V; stage *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < V / 2; ++i) {
+      b[2 * i] = __builtin_shuffle(a[i], a[i + V / 2], low);
+      b[2 * i + 1] = __builtin_shuffle(a[i], a[i + V / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) a[i] = b[i];
+  }
+  for (int i = 0; i < V; ++i) store<T>(to + i * to_stride, add ? a[i] + load<T>(to + i * to_stride) : a[i]);
+}
+
+// to (cols x rows) = or += from^T (rows x cols)
+template <bool add, class T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t cols, T* to, int64_t to_stride) {
+  constexpr int64_t V = lanes<T>;
+  for (int64_t i = 0; i < rows; i += V)
+    for (int64_t j = 0; j < cols; j += V) {
+      if (i + V <= rows && j + V <= cols) {
+        transpose_block<T, add>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+        continue;
+      }
+      for (int64_t r = i; r < rows && r < i + V; ++r)
+        for (int64_t c = j; c < cols && c < j + V; ++c) {
+          T& out = to[c * to_stride + r];
+          out = add ? out + from[r * from_stride + c] : from[r * from_stride + c];
+        }
+    }
+}
+
+FASTRET_ISA_END

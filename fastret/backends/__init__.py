@@ -1,0 +1,1 @@
+"""Floor 2: one folder per implementation, one module per op, chosen by ``registry``."""

@@ -1,0 +1,19 @@
+"""How the values of anchors become a loss: one vocabulary for every loss."""
+
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def reduce_valid(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """Mean over valid anchors (0, connected to the graph, where there are none), sum, or (N,) with 0 where invalid."""
+    values = values * valid  # not a selection: NaN stays visible, and nothing waits for the device
+    if reduction == "none":
+        return values
+    total = values.sum()
+    return total / valid.sum().clamp_min(1) if reduction == "mean" else total

@@ -1,0 +1,69 @@
+"""What every op checks of its arguments before anything reads them. Messages name the argument, what was given, what
+is expected. Only shapes, dtypes, devices and Python numbers are looked at here: these checks trace and never wait for
+a device; values of CPU tensors are checked inside the operators."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_rows(x: Tensor, name: str, *, like: Tensor | None = None) -> None:
+    """A (rows, width) floating point matrix, of the width and device of ``like``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape (rows, width), got {type(x).__name__}")
+    if x.dim() != 2:
+        raise ValueError(f"{name}: expected shape (rows, width), got {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one column, got {tuple(x.shape)}")
+    if like is not None and x.shape[1] != like.shape[1]:
+        raise ValueError(f"{name}: expected {like.shape[1]} columns like the queries, got {x.shape[1]}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device} like the queries, got {x.device}")
+
+
+def check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
+    """One integer per row, on the device of the rows."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape ({rows.shape[0]},), got {type(labels).__name__}")
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype, got {labels.dtype}")
+    if labels.dim() != 1 or labels.shape[0] != rows.shape[0]:
+        raise ValueError(f"{name}: expected shape ({rows.shape[0]},), one label per row, got {tuple(labels.shape)}")
+    if labels.device != rows.device:
+        raise ValueError(f"{name}: expected device {rows.device} like the rows, got {labels.device}")
+
+
+def check_positive(value: float | Tensor, name: str) -> None:
+    """A number > 0, or a 0-dim floating point tensor whose value is checked where it is on the CPU."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(f"{name}: expected a number or a 0-dim floating point tensor, got {value.dtype} {tuple(value.shape)}")
+        readable = value.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_wrapped(value)
+        if readable and not value.item() > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value.item()}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not value > 0 or math.isinf(value):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+
+
+def check_count(value: int | None, name: str) -> None:
+    """None or an integer >= 1."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _is_wrapped(t: Tensor) -> bool:
+    """Under torch.func a tensor's value cannot be read."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))

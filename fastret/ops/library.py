@@ -1,0 +1,23 @@
+"""The registered operators (``torch.ops.fastret.*``) and how they are defined.
+
+An operator carries no autograd formula of its own: an ``autograd.Function`` above it does, because that form alone
+passes gradcheck, opcheck, compile(fullgraph), torch.func and refuses forward-mode AD instead of returning zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("fastret", "DEF")
+
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers an operator for every device (the implementation dispatches further) and its shape function."""
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    name = schema.partition("(")[0]
+    for device in _DEVICES:
+        _library.impl(name, implementation, device)
+    torch.library.register_fake(f"fastret::{name}", fake, lib=_library)

@@ -1,0 +1,1 @@
+"""Quickstart training of a small embedding network on real data."""
