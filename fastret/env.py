@@ -28,7 +28,7 @@ def _device_lines() -> list[str]:
 def _op_lines(op: str) -> list[str]:
     lines = []
     for device in ("cpu", "cuda"):
-        call = registry.Call(op, device, torch.float32, 128)
+        call = registry.Call(op, device, torch.float32)
         refused = []
         for impl in registry.candidates(call):
             reason = impl.unsupported(call)

@@ -34,7 +34,13 @@ ClassLayout class_layout(const int64_t* order, const int64_t* start, const int64
     require(start[i] >= 0 && count[i] >= 0 && start[i] <= m - count[i], "start, count", "reach beyond the gallery");
 
   ClassLayout layout;
-  layout.query_order = symmetric ? std::vector<int64_t>(order, order + n) : counting_sort(start, n, m + 1);
+  if (symmetric) {
+    layout.query_order.assign(order, order + n);
+  } else {
+    std::vector<int64_t> key(n);  // queries without a match go last, where they cannot split a class
+    for (int64_t i = 0; i < n; ++i) key[i] = count[i] ? start[i] : m;
+    layout.query_order = counting_sort(key.data(), n, m + 1);
+  }
   layout.items_in_order = is_identity(order, m);
   layout.queries_in_order = is_identity(layout.query_order.data(), n);
 

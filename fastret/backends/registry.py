@@ -26,7 +26,6 @@ class Call:
     op: str
     device: str
     dtype: torch.dtype
-    width: int
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ def candidates(call: Call) -> list[Implementation]:
     ]
 
 
-def resolve(call: Call, impl: str | None) -> str:
-    """Name of the implementation that serves the call.
+def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None) -> str:
+    """Name of the implementation that serves rows of this dtype on this device.
 
     Raises:
         ValueError: the name is unknown, or the explicit choice cannot serve the call.
@@ -141,6 +140,12 @@ def resolve(call: Call, impl: str | None) -> str:
         name = within
     else:
         name = _check_name(_environment, "FASTRET_IMPL")
+    return _serving(op, device, dtype, name)
+
+
+@torch.compiler.assume_constant_result  # imports modules, which a traced function must not
+def _serving(op: str, device: str, dtype: torch.dtype, name: str) -> str:
+    call = Call(op, device, dtype)
     if name != AUTO:
         reason = IMPLEMENTATIONS[name].unsupported(call)
         if reason is not None:
@@ -152,7 +157,7 @@ def resolve(call: Call, impl: str | None) -> str:
         if reason is None:
             return candidate.name
         reasons.append(reason)
-    raise ValueError(f"no implementation serves {call.op}: {'; '.join(reasons)}")
+    raise ValueError(f"no implementation serves {op}: {'; '.join(reasons)}")
 
 
 def available_backends() -> list[str]:

@@ -50,7 +50,7 @@ def check_positive(value: float | Tensor, name: str) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not value > 0 or math.isinf(value):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 

@@ -21,3 +21,12 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     for device in _DEVICES:
         _library.impl(name, implementation, device)
     torch.library.register_fake(f"fastret::{name}", fake, lib=_library)
+
+
+def refuse(op: str, what: str) -> "staticmethod[..., Any]":
+    """A method of an ``autograd.Function`` for what the kernels do not compute: an error that names the way out."""
+
+    def method(*_: Any) -> Any:
+        raise NotImplementedError(f"{op}: the fused kernels do not support {what}; impl='reference' does")
+
+    return staticmethod(method)

@@ -26,7 +26,7 @@ from fastret.backends.reference import rank_sums as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.segments import Segments, label_segments
 from fastret.ops import checks
-from fastret.ops.library import define
+from fastret.ops.library import define, refuse
 
 
 class RankSums(NamedTuple):
@@ -86,7 +86,7 @@ def rank_sums(
         labels, y_labels = labels.to(label_type), y_labels.to(label_type)
     checks.check_positive(temperature, "temperature")
     checks.check_count(samples_per_class, "samples_per_class")
-    chosen = registry.resolve(registry.Call("rank_sums", x.device.type, x.dtype, x.shape[1]), impl)
+    chosen = registry.resolve("rank_sums", x.device.type, x.dtype, impl)
     if chosen == "reference":
         ranks = reference.rank_sums(
             x, y, labels, y_labels, temperature=temperature, exclude_self=exclude_self, normalize=normalize
@@ -233,28 +233,59 @@ define(
 )
 
 
+_forward_operator = torch.ops.fastret.rank_sums.default
+_backward_operator = torch.ops.fastret.rank_sums_backward.default
+
+
 class _RankSums(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.fastret.rank_sums.default(*arguments)
+    def forward(
+        x: Tensor,
+        y: Tensor | None,
+        labels: Tensor,
+        y_labels: Tensor | None,
+        samples_per_class: int | None,
+        temperature: float,
+        exclude_self: bool,
+        normalize: bool,
+        impl: str,
+    ) -> tuple[Tensor, ...]:  # spelled out: without a gradient dynamo inlines this and miscounts *arguments
+        result: tuple[Tensor, ...] = _forward_operator(
+            x, y, labels, y_labels, samples_per_class, temperature, exclude_self, normalize, impl
+        )
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, _, _, _, *ctx.options, ctx.impl = inputs
+        x, y, _, _, _, temperature, exclude_self, normalize, impl = inputs
         _, _, order, start, count = output
+        ctx.options, ctx.impl = (temperature, exclude_self, normalize), impl
         ctx.mark_non_differentiable(order, start, count)
         ctx.save_for_backward(x, y, order, start, count)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_all: Tensor, grad_pos: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         need_x, need_y = ctx.needs_input_grad[:2]
-        dx, dy = torch.ops.fastret.rank_sums_backward.default(
-            grad_all, grad_pos, *ctx.saved_tensors, *ctx.options, need_x, need_y, ctx.impl
-        )
+        # dynamo does not trace a Function inside a Function's backward, and compiled graphs are not differentiated twice
+        compute = _backward_operator if torch.compiler.is_compiling() else _RankSumsBackward.apply
+        dx, dy = compute(grad_all, grad_pos, *ctx.saved_tensors, *ctx.options, need_x, need_y, ctx.impl)
         return dx if need_x else None, dy if need_y else None, *[None] * 7
+
+
+class _RankSumsBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _backward_operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = refuse("rank_sums", "a second differentiation")
 
 
 class _SumByQuery(torch.autograd.Function):

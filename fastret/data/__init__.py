@@ -1,0 +1,13 @@
+"""Labelled image sets and batches for the quickstart, the examples and the benchmarks.
+
+`load_glyphs` needs nothing but the installed package; `load_folder` reads a directory of the reader's own
+images. Both return an `ImageSet`, whose training and held-out classes are disjoint, because retrieval is
+evaluated on classes that were never trained on. `ClassBalancedBatches` draws batches as Smooth-AP expects them.
+"""
+
+from fastret.data.folder import load_folder
+from fastret.data.glyphs import load_glyphs
+from fastret.data.image_set import ImageSet
+from fastret.data.sampler import ClassBalancedBatches
+
+__all__ = ["ClassBalancedBatches", "ImageSet", "load_folder", "load_glyphs"]
