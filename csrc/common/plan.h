@@ -20,7 +20,7 @@ inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads) {
   };
   const int64_t t = std::max(1, threads);
   if (symmetric) {
-    const int64_t b = block(n, t == 1 ? 1 : 4 * t);
+    const int64_t b = block(n, t == 1 ? 1 : 2 * t);
     return {b, b};
   }
   return {block(n, t == 1 ? 1 : 2 * t), block(m, t == 1 ? 1 : 2 * t)};
