@@ -1,0 +1,1 @@
+"""One module per op that is measured; each defines ``OP``, a ``benchmarks.registry.Op``."""

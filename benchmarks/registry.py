@@ -1,0 +1,150 @@
+"""What is measured: an op with its inputs, variants, definition and floor. A new op is a new module in ``ops/``."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import ops
+
+Size = dict[str, int]
+Inputs = dict[str, Tensor]
+
+
+class Result(NamedTuple):
+    """What one forward and backward returns: the loss, and the gradient of each input that is asked for."""
+
+    loss: Tensor
+    gradients: Inputs
+
+
+def _as_given(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+def _everywhere(device: str) -> str | None:
+    return None
+
+
+def _any_size(size: Size) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute an op.
+
+    Attributes:
+        name: as in tables and in the history.
+        forward: the loss (a 0-dim tensor) of prepared inputs; the harness runs backward.
+        prepare: turns the op's inputs into this variant's, once, outside of what is measured.
+        missing: why it cannot run here on a device type (a package, an extension), or None.
+        unfit: why it is not run at a size, or None.
+        expected: the inputs whose loss it computes, where that is not the loss of the inputs it is given.
+        setting: a context it runs in.
+        note: what a reader of its figures must know.
+    """
+
+    name: str
+    forward: Callable[[Inputs], Tensor]
+    prepare: Callable[[Inputs], Inputs] = _as_given
+    missing: Callable[[str], str | None] = _everywhere
+    unfit: Callable[[Size], str | None] = _any_size
+    expected: Callable[[Inputs], Inputs] = _as_given
+    setting: Callable[[], AbstractContextManager[None]] = nullcontext
+    note: str = ""
+
+    def refusal(self, size: Size, device: str) -> str | None:
+        """Why it is not run at this size on this device type, or None."""
+        return self.missing(device) or self.unfit(size)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of fastret and everything that is needed to measure it.
+
+    Attributes:
+        name: as on the command line.
+        module: where ``OP`` is, for the processes that measure memory.
+        axis: the dimension that is varied ("n"), over ``sizes``; ``fixed`` holds the others.
+        setup: inputs (CPU) of a size and a seed.
+        gradients: inputs that receive a gradient, where present.
+        variants: ways to compute it.
+        oracle: the loss by definition, of float64 inputs.
+        probe: inputs of the correctness check, derived from those that are timed: where the definition is too big for
+            all of them, with something in them that restricts it to a part.
+        loss_tolerance: largest error of the loss.
+        gradient_tolerance: largest error of a gradient, relative to its norm.
+        floor: from inputs, a call that does the least work any implementation could do.
+        floor_name: what that is.
+        warm_up: value of the axis that loads code and starts threads before memory is measured.
+    """
+
+    name: str
+    module: str
+    axis: str
+    sizes: tuple[int, ...]
+    fixed: Size
+    setup: Callable[[Size, int], Inputs]
+    gradients: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    oracle: Callable[[Inputs], Tensor]
+    probe: Callable[[Inputs], Inputs]
+    loss_tolerance: float
+    gradient_tolerance: float
+    floor: Callable[[Inputs], Callable[[], None]]
+    floor_name: str
+    warm_up: int
+
+    def size(self, value: int) -> Size:
+        """The size with this value on the axis."""
+        return {**self.fixed, self.axis: value}
+
+    def inputs(self, size: Size, seed: int, device: str) -> Inputs:
+        return {name: tensor.to(device) for name, tensor in self.setup(size, seed).items()}
+
+    def variant(self, name: str) -> Variant:
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise ValueError(f"variant: expected one of {', '.join(v.name for v in self.variants)}, got {name!r}")
+
+    def step(self, forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Result:
+        """One forward and backward."""
+        leaves = {name: inputs[name].detach().requires_grad_() for name in self.gradients if name in inputs}
+        loss = forward({**inputs, **leaves})
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        return Result(loss.detach(), dict(zip(leaves, gradients, strict=True)))
+
+    def run(self, variant: Variant, inputs: Inputs) -> Result:
+        """One forward and backward of a variant on inputs prepared for it, in its setting."""
+        with variant.setting():
+            return self.step(variant.forward, inputs)
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
+
+
+def load(name: str) -> Op:
+    """The op of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in names():
+        raise ValueError(f"op: expected one of {', '.join(names())}, got {name!r}")
+    return load_module(f"{ops.__name__}.{name}")
+
+
+def load_module(module: str) -> Op:
+    """The ``OP`` of a module."""
+    op = importlib.import_module(module).OP
+    if not isinstance(op, Op):
+        raise TypeError(f"{module}.OP: expected an Op, got {type(op).__name__}")
+    return op
