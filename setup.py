@@ -20,18 +20,13 @@ CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")
 
 # -fno-signed-zeros and friends let the compiler vectorise; never -ffast-math: it deletes the rounding inside exp2.
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -fno-signed-zeros "
-    "-ffp-contract=fast -Wall -Wno-psabi"
-).split()
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast"]
 
 ISAS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
-    ISAS["avx512"] = [
-        *("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx2", "-mfma"),
-        "-mprefer-vector-width=512",
-    ]
+    ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=512"]
 
 # Compiled once per instruction set; everything else under csrc/cpu and csrc/common is compiled once.
 PER_ISA = ("rank_sums.cpp",)
@@ -92,9 +87,14 @@ def extensions() -> list[Extension]:
     if os.environ.get("FASTRET_PURE", "0") == "1":
         return []
     if not CXX:
-        print("fastret: no C++ compiler found; installing without the CPU extension (PyTorch tiles serve)", file=sys.stderr)
+        print(
+            "fastret: no C++ compiler found; installing without the CPU extension (PyTorch tiles serve)",
+            file=sys.stderr,
+        )
         return []
-    sources = sorted(p.relative_to(ROOT).as_posix() for folder in ("cpu", "common") for p in (CSRC / folder).glob("*.cpp"))
+    sources = sorted(
+        p.relative_to(ROOT).as_posix() for folder in ("cpu", "common") for p in (CSRC / folder).glob("*.cpp")
+    )
     return [Extension("fastret._C", sources=sources)]
 
 

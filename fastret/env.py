@@ -41,7 +41,7 @@ def _op_lines(op: str) -> list[str]:
 
 
 def env_report() -> str:
-    """Versions, devices, implementations and, per op, the one "auto" would pick for float32 and why not a faster one."""
+    """Versions, devices, implementations and, per op, which one "auto" picks for float32 and why not a faster one."""
     lines = [
         f"fastret {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"torch {torch.__version__}, triton {_version('triton')}, numpy {_version('numpy')}",

@@ -140,7 +140,8 @@ def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None) -> str:
         name = within
     else:
         name = _check_name(_environment, "FASTRET_IMPL")
-    return _serving(op, device, dtype, name)
+    chosen: str = _serving(op, device, dtype, name)
+    return chosen
 
 
 @torch.compiler.assume_constant_result  # imports modules, which a traced function must not

@@ -18,7 +18,8 @@ def row_norms(x: Tensor) -> Tensor:
     wide = x.to(accumulation_dtype(x.dtype))
     largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
     safe = torch.where(largest > 0, largest, 1)  # NaN stays NaN through `wide`
-    return (torch.linalg.vector_norm(wide / safe, dim=1, keepdim=True) * largest).clamp_min(NORM_EPS)
+    norms: Tensor = torch.linalg.vector_norm(wide / safe, dim=1, keepdim=True) * largest
+    return norms.clamp_min(NORM_EPS)
 
 
 def poison(*rows: Tensor) -> Tensor:

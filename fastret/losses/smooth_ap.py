@@ -76,18 +76,18 @@ def smooth_ap(
     )
     precision = ranks.rank_pos / ranks.rank_all
     if samples_per_class is None:
-        total = sum_by_query(precision, ranks.count)
+        total = sum_by_query(precision, ranks.counts)
     else:
         total = precision.view(-1, samples_per_class).sum(1)
-    positives = ranks.count - 1 if exclude_self else ranks.count
+    positives = ranks.counts - 1 if exclude_self else ranks.counts
     return reduce_valid(1 - total / positives.clamp_min(1), positives > 0, reduction)
 
 
 class SmoothAP(nn.Module):
     """Smooth-AP loss. ``SmoothAP(0.01, batch_size, num_id, feat_dims)(preds)`` is the official call.
 
-    L = 1 - mean over queries q of 1 / |P_q| sum over i in P_q of rank_pos[q, i] / rank_all[q, i], where rank_all (rank_pos)
-    is 1 + the sum over all other rows (other positives) j of sigmoid((s_qj - s_qi) / anneal).
+    L = 1 - mean over queries q of 1 / |P_q| sum over i in P_q of rank_pos[q, i] / rank_all[q, i], where rank_all
+    (rank_pos) is 1 + the sum over all other rows (other positives) j of sigmoid((s_qj - s_qi) / anneal).
 
     Cost: N M G sigmoids and one matmul forward, twice that backward, for G positives a query. Memory: sorted copies of
     the rows; kept for backward: two floats a positive pair. Nothing is N x N, where the official code is N x N x N.
@@ -113,8 +113,10 @@ class SmoothAP(nn.Module):
     """
 
     citation: ClassVar[str] = (
-        "@inproceedings{brown2020smoothap, title={Smooth-{AP}: Smoothing the Path Towards Large-Scale Image Retrieval}, "
-        "author={Brown, Andrew and Xie, Weidi and Kalogeiton, Vicky and Zisserman, Andrew}, booktitle={ECCV}, year={2020}}"
+        "@inproceedings{brown2020smoothap, "
+        "title={Smooth-{AP}: Smoothing the Path Towards Large-Scale Image Retrieval}, "
+        "author={Brown, Andrew and Xie, Weidi and Kalogeiton, Vicky and Zisserman, Andrew}, "
+        "booktitle={European Conference on Computer Vision}, year={2020}}"
     )
 
     def __init__(
@@ -180,7 +182,9 @@ class SmoothAP(nn.Module):
     def _block(self, rows: int) -> int:
         """Rows of one class in a batch without labels."""
         if self.num_id is None:
-            raise ValueError("labels: expected labels, or num_id in the constructor for consecutive blocks; got neither")
+            raise ValueError(
+                "labels: expected labels, or num_id in the constructor for consecutive blocks; got neither"
+            )
         block = (rows if self.batch_size is None else self.batch_size) // self.num_id
         if block == 0 or rows % block or (self.batch_size is None and block * self.num_id != rows):
             raise ValueError(

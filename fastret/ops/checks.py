@@ -43,7 +43,9 @@ def check_positive(value: float | Tensor, name: str) -> None:
     """A number > 0, or a 0-dim floating point tensor whose value is checked where it is on the CPU."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point():
-            raise ValueError(f"{name}: expected a number or a 0-dim floating point tensor, got {value.dtype} {tuple(value.shape)}")
+            raise ValueError(
+                f"{name}: expected a number or a 0-dim floating point tensor, got {value.dtype} {tuple(value.shape)}"
+            )
         readable = value.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_wrapped(value)
         if readable and not value.item() > 0:
             raise ValueError(f"{name}: expected a positive number, got {value.item()}")

@@ -34,12 +34,12 @@ class RankSums(NamedTuple):
 
     Attributes:
         rank_all, rank_pos: (P,) float32, or float64 for float64 rows.
-        count: (N,) int64, gallery rows with the label of each query; sums to P.
+        counts: (N,) int64, gallery rows with the label of each query; sums to P.
     """
 
     rank_all: Tensor
     rank_pos: Tensor
-    count: Tensor
+    counts: Tensor
 
 
 def rank_sums(
@@ -80,7 +80,9 @@ def rank_sums(
         checks.check_rows(y, "y", like=x)
         checks.check_labels(y_labels, y, "y_labels")
         if exclude_self:
-            raise ValueError("exclude_self: expected False with a gallery of its own (nothing in it is the query itself)")
+            raise ValueError(
+                "exclude_self: expected False with a gallery of its own (nothing in it is the query itself)"
+            )
         shared, label_type = torch.promote_types(x.dtype, y.dtype), torch.promote_types(labels.dtype, y_labels.dtype)
         x, y = x.to(shared), y.to(shared)
         labels, y_labels = labels.to(label_type), y_labels.to(label_type)
@@ -101,9 +103,9 @@ def rank_sums(
     return RankSums(rank_all, rank_pos, count)
 
 
-def sum_by_query(values: Tensor, count: Tensor) -> Tensor:
-    """(N,) sums of ``values`` (P,), one per positive pair, over the pairs of each query (``count`` (N,) of each)."""
-    result: Tensor = _SumByQuery.apply(values, count)
+def sum_by_query(values: Tensor, counts: Tensor) -> Tensor:
+    """(N,) sums of ``values`` (P,), one per positive pair, over the pairs of each query, ``counts`` (N,) of them."""
+    result: Tensor = _SumByQuery.apply(values, counts)
     return result
 
 
@@ -117,7 +119,9 @@ def _scaled(x: Tensor, y: Tensor | None, temperature: Tensor, normalize: bool) -
     return scale(x), None if y is None else scale(y)
 
 
-def segments_of(labels: Tensor, y_labels: Tensor | None, samples_per_class: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def segments_of(
+    labels: Tensor, y_labels: Tensor | None, samples_per_class: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """order, start, count of ``Segments``, class sizes checked against ``samples_per_class``."""
     s = label_segments(labels, y_labels)
     if samples_per_class is not None:
@@ -144,16 +148,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     order, start, count = segments_of(labels, y_labels, samples_per_class)
     pairs = int(count.sum()) if samples_per_class is None else len(x) * samples_per_class
-    ranks = registry.IMPLEMENTATIONS[impl].module("rank_sums").forward(
-        x,
-        y,
-        Segments(order, start, count),
-        pairs,
-        temperature=temperature,
-        exclude_self=exclude_self,
-        normalize=normalize,
+    rank_all, rank_pos = (
+        registry.IMPLEMENTATIONS[impl]
+        .module("rank_sums")
+        .forward(
+            x,
+            y,
+            Segments(order, start, count),
+            pairs,
+            temperature=temperature,
+            exclude_self=exclude_self,
+            normalize=normalize,
+        )
     )
-    return *ranks, order, start, count
+    return rank_all, rank_pos, order, start, count
 
 
 def _forward_fake(
@@ -161,8 +169,9 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     pairs = torch.library.get_ctx().new_dynamic_size() if samples_per_class is None else n * samples_per_class
-    ranks = (x.new_empty(pairs, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
-    return *ranks, *(labels.new_empty(size, dtype=torch.int64) for size in (m, n, n))
+    rank_all, rank_pos = (x.new_empty(pairs, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
+    order, start, count = (labels.new_empty(size, dtype=torch.int64) for size in (m, n, n))
+    return rank_all, rank_pos, order, start, count
 
 
 def _backward(
@@ -180,17 +189,21 @@ def _backward(
     need_y: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    dx, dy = registry.IMPLEMENTATIONS[impl].module("rank_sums").backward(
-        grad_all,
-        grad_pos,
-        x,
-        y,
-        Segments(order, start, count),
-        temperature=temperature,
-        exclude_self=exclude_self,
-        normalize=normalize,
-        need_x=need_x,
-        need_y=need_y,
+    dx, dy = (
+        registry.IMPLEMENTATIONS[impl]
+        .module("rank_sums")
+        .backward(
+            grad_all,
+            grad_pos,
+            x,
+            y,
+            Segments(order, start, count),
+            temperature=temperature,
+            exclude_self=exclude_self,
+            normalize=normalize,
+            need_x=need_x,
+            need_y=need_y,
+        )
     )
     nothing = x.new_empty(0)
     return nothing if dx is None else dx, nothing.clone() if dy is None else dy
@@ -268,7 +281,7 @@ class _RankSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_all: Tensor, grad_pos: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         need_x, need_y = ctx.needs_input_grad[:2]
-        # dynamo does not trace a Function inside a Function's backward, and compiled graphs are not differentiated twice
+        # dynamo traces no Function inside a Function's backward; a compiled graph is not differentiated twice anyway
         compute = _backward_operator if torch.compiler.is_compiling() else _RankSumsBackward.apply
         dx, dy = compute(grad_all, grad_pos, *ctx.saved_tensors, *ctx.options, need_x, need_y, ctx.impl)
         return dx if need_x else None, dy if need_y else None, *[None] * 7

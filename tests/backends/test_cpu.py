@@ -61,7 +61,9 @@ def test_every_instruction_set_and_multiplier(isa: str, gemm: str, gallery: bool
 def test_more_threads_than_cores(threads: int) -> None:
     torch.set_num_threads(threads)
     for actual, wanted in zip(
-        loss_and_gradients(torch.float64, False, "cpu"), loss_and_gradients(torch.float64, False, "reference"), strict=True
+        loss_and_gradients(torch.float64, False, "cpu"),
+        loss_and_gradients(torch.float64, False, "reference"),
+        strict=True,
     ):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12 * wanted.abs().max().item())
 
@@ -179,11 +181,14 @@ def test_instruction_sets_share_no_symbol(tmp_path: Path) -> None:
     """A weak symbol of the AVX-512 objects that the linker prefers would end the process on an older processor."""
     compiler = shutil.which("g++")
     nm = shutil.which("nm")
-    assert compiler and nm, "the tests need the compiler the package is built with"
+    assert compiler, "the tests need the compiler the package is built with"
+    assert nm
     output = tmp_path / "kernel.o"
     flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi", "-DFASTRET_ISA=base"]
     include = f"-I{sysconfig.get_path('include')}"
-    subprocess.run([compiler, *flags, include, "-c", str(CSRC / "cpu" / "rank_sums.cpp"), "-o", str(output)], check=True)
+    subprocess.run(
+        [compiler, *flags, include, "-c", str(CSRC / "cpu" / "rank_sums.cpp"), "-o", str(output)], check=True
+    )
     symbols = subprocess.run([nm, "-C", str(output)], capture_output=True, text=True, check=True).stdout.splitlines()
     weak = [s for s in symbols if s.split()[-2:-1] and s[17:18] in "WVu" and "DW.ref.__gxx_personality" not in s]
     assert weak == []

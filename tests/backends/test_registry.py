@@ -27,7 +27,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_auto_takes_the_fastest_that_serves() -> None:
     assert chosen() == "cpu"
     assert chosen("mps") == "tiled"
-    assert chosen("cuda") == ("triton" if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else "tiled")
+    assert chosen("cuda") == (
+        "triton" if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else "tiled"
+    )
     assert {"cpu", "tiled", "reference"} <= set(fastret.available_backends())
 
 
@@ -52,11 +54,13 @@ def test_context_ends_with_an_exception() -> None:
 def test_explicit_choice_that_cannot_serve() -> None:
     with pytest.raises(ValueError, match="impl='cpu' cannot serve this call: cpu runs on cpu, not on mps"):
         chosen("mps", impl="cpu")
-    with pytest.raises(ValueError, match="cpu takes .*float16, not torch.int64"):
+    with pytest.raises(ValueError, match=r"cpu takes .*float16, not torch.int64"):
         chosen(dtype=torch.int64, impl="cpu")
-    with pytest.raises(ValueError, match="backend: expected one of auto, .*got 'cudnn'"), fastret.backend("cudnn"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, .*got 'cudnn'"), fastret.backend("cudnn"):
         pass
-    assert "tiled has no histogram_sums" in str(registry.IMPLEMENTATIONS["tiled"].unsupported(registry.Call("histogram_sums", "cpu", torch.float32)))
+    assert "tiled has no histogram_sums" in str(
+        registry.IMPLEMENTATIONS["tiled"].unsupported(registry.Call("histogram_sums", "cpu", torch.float32))
+    )
 
 
 def test_context_reaches_the_loss_and_its_backward() -> None:
@@ -68,7 +72,10 @@ def test_context_reaches_the_loss_and_its_backward() -> None:
 
 
 def test_environment_variable() -> None:
-    code = "import torch, fastret; from fastret.backends import registry as r; print(r.resolve('rank_sums', 'cpu', torch.float32, None))"
+    code = (
+        "import torch, fastret; from fastret.backends import registry\n"
+        "print(registry.resolve('rank_sums', 'cpu', torch.float32, None))"
+    )
     assert run(code, FASTRET_IMPL="tiled").stdout.strip() == "tiled"
     wrong = run(code, FASTRET_IMPL="fast")
     assert wrong.returncode != 0

@@ -63,7 +63,9 @@ def test_official_constructor_call_and_value(impl: str, classes: int, group: int
     expected = official(x, classes, tau)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert loss.shape == ()
-    raw = fastret.SmoothAP(tau, n, classes, 8, normalize=False, impl=impl)(x)  # the official gradient is that of raw dots
+    raw = fastret.SmoothAP(tau, n, classes, 8, normalize=False, impl=impl)(
+        x
+    )  # the official gradient is that of raw dots
     (mine,), (theirs,) = torch.autograd.grad(raw, x), torch.autograd.grad(expected, x)
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
@@ -72,7 +74,9 @@ def test_official_constructor_call_and_value(impl: str, classes: int, group: int
 @pytest.mark.parametrize("include_self", [True, False])
 def test_any_labels_by_loops(impl: str, include_self: bool) -> None:
     x = torch.randn(23, 6, dtype=F64)
-    labels = torch.tensor([5, -3, 5, 8, 5, 100, -3, 5, 8, 8, 7, 7, 5, -3, 7, 7, 7, 7, 7, 0, 0, 1, 2])[torch.randperm(23)]
+    labels = torch.tensor([5, -3, 5, 8, 5, 100, -3, 5, 8, 8, 7, 7, 5, -3, 7, 7, 7, 7, 7, 0, 0, 1, 2])[
+        torch.randperm(23)
+    ]
     options = {"temperature": 0.05, "include_self": include_self, "impl": impl}
     expected = by_loops(x, labels, x, labels, 0.05, not include_self)
     values = [e for e in expected if e is not None]
@@ -105,7 +109,7 @@ def test_reductions_differentiate_alike(impl: str) -> None:
     torch.testing.assert_close(of_mean, of_sum * 7 / valid)
 
 
-@pytest.mark.parametrize("impl", ("tiled", "cpu"))
+@pytest.mark.parametrize("impl", ["tiled", "cpu"])
 def test_permuting_the_batch(impl: str) -> None:
     x, labels, order = torch.randn(40, 6, dtype=F64), torch.arange(40) // 5, torch.randperm(40)
     a, b = x.clone().requires_grad_(), x[order].clone().requires_grad_()
@@ -116,7 +120,7 @@ def test_permuting_the_batch(impl: str) -> None:
     torch.testing.assert_close(a.grad[order], b.grad, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("impl", ("tiled", "cpu"))
+@pytest.mark.parametrize("impl", ["tiled", "cpu"])
 def test_scale_of_the_rows_does_not_matter(impl: str) -> None:
     x, labels = torch.randn(20, 6, dtype=F64), torch.arange(20) // 4
     scaled = x * torch.rand(20, 1, dtype=F64).mul(5).add(0.1)
@@ -149,7 +153,7 @@ def test_degenerate_batches(impl: str) -> None:
     assert singleton.item() == pytest.approx((1 - 1 / (1 + others)).mean().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("impl", ("tiled", "cpu"))
+@pytest.mark.parametrize("impl", ["tiled", "cpu"])
 def test_temperature_may_be_learned(impl: str) -> None:
     x, labels = torch.randn(12, 5, dtype=F64), torch.arange(12) // 3
     tau = torch.tensor(0.1, dtype=F64, requires_grad=True)
@@ -225,7 +229,11 @@ def test_checkpointing_and_copies() -> None:
 X, L = torch.randn(6, 4), torch.arange(6) // 2
 BAD_CALLS = {
     "labels of another length": (lambda: smooth_ap(X, L[:5]), ValueError, r"labels: expected shape \(6,\).*got \(5,\)"),
-    "float labels": (lambda: smooth_ap(X, L.float()), TypeError, "labels: expected an integer dtype, got torch.float32"),
+    "float labels": (
+        lambda: smooth_ap(X, L.float()),
+        TypeError,
+        "labels: expected an integer dtype, got torch.float32",
+    ),
     "bool labels": (lambda: smooth_ap(X, L > 0), TypeError, "labels: expected an integer dtype, got torch.bool"),
     "labels as a list": (lambda: smooth_ap(X, [0] * 6), TypeError, "labels: expected an integer tensor.*got list"),
     "labels of two axes": (lambda: smooth_ap(X, L[None]), ValueError, r"labels: expected shape.*got \(1, 6\)"),
@@ -235,26 +243,50 @@ BAD_CALLS = {
     "integer embeddings": (lambda: smooth_ap(X.long(), L), TypeError, "embeddings: expected float32.*got torch.int64"),
     "an array": (lambda: smooth_ap(X.numpy(), L), TypeError, "embeddings: expected a tensor.*got ndarray"),
     "zero temperature": (lambda: smooth_ap(X, L, temperature=0), ValueError, "temperature: expected a positive.*got 0"),
-    "negative anneal": (lambda: fastret.SmoothAP(-0.1), ValueError, "anneal: expected a positive finite number, got -0.1"),
-    "NaN anneal": (lambda: fastret.SmoothAP(math.nan), ValueError, "anneal: expected a positive finite number, got nan"),
+    "negative anneal": (
+        lambda: fastret.SmoothAP(-0.1),
+        ValueError,
+        "anneal: expected a positive finite number, got -0.1",
+    ),
+    "NaN anneal": (
+        lambda: fastret.SmoothAP(math.nan),
+        ValueError,
+        "anneal: expected a positive finite number, got nan",
+    ),
     "infinite anneal": (lambda: fastret.SmoothAP(math.inf), ValueError, "anneal: expected a positive finite number"),
     "anneal as text": (lambda: fastret.SmoothAP("0.1"), TypeError, "anneal: expected a number, got str"),
     "NaN tensor temperature": (
-        lambda: smooth_ap(X, L, temperature=torch.tensor(math.nan)), ValueError, "temperature: expected a positive.*nan"
+        lambda: smooth_ap(X, L, temperature=torch.tensor(math.nan)),
+        ValueError,
+        "temperature: expected a positive.*nan",
     ),
     "temperature per row": (
-        lambda: smooth_ap(X, L, temperature=torch.ones(6)), ValueError, "temperature: expected a number or a 0-dim"
+        lambda: smooth_ap(X, L, temperature=torch.ones(6)),
+        ValueError,
+        "temperature: expected a number or a 0-dim",
     ),
     "batch_size not divisible": (
-        lambda: fastret.SmoothAP(0.01, 10, 3, 4), ValueError, "batch_size: expected a multiple of num_id = 3, got 10"
+        lambda: fastret.SmoothAP(0.01, 10, 3, 4),
+        ValueError,
+        "batch_size: expected a multiple of num_id = 3, got 10",
     ),
-    "batch not divisible": (lambda: fastret.SmoothAP(0.01, 8, 2)(X), ValueError, "preds: expected a multiple of 4 rows.*got 6"),
+    "batch not divisible": (
+        lambda: fastret.SmoothAP(0.01, 8, 2)(X),
+        ValueError,
+        "preds: expected a multiple of 4 rows.*got 6",
+    ),
     "batch not divisible by num_id": (lambda: fastret.SmoothAP(num_id=4)(X), ValueError, "preds: expected a multiple"),
-    "neither labels nor num_id": (lambda: fastret.SmoothAP(batch_size=6)(X), ValueError, "labels: expected labels, or num_id"),
+    "neither labels nor num_id": (
+        lambda: fastret.SmoothAP(batch_size=6)(X),
+        ValueError,
+        "labels: expected labels, or num_id",
+    ),
     "num_id of zero": (lambda: fastret.SmoothAP(num_id=0), ValueError, "num_id: expected at least 1, got 0"),
     "fractional num_id": (lambda: fastret.SmoothAP(num_id=2.0), TypeError, "num_id: expected an integer, got float"),
     "gallery of another width": (
-        lambda: smooth_ap(X, L, ref_emb=torch.randn(3, 5), ref_labels=L[:3]), ValueError, "ref_emb: expected 4 columns.*got 5"
+        lambda: smooth_ap(X, L, ref_emb=torch.randn(3, 5), ref_labels=L[:3]),
+        ValueError,
+        "ref_emb: expected 4 columns.*got 5",
     ),
     "gallery on another device": (
         lambda: smooth_ap(X, L, ref_emb=torch.empty(3, 4, device="meta"), ref_labels=L[:3]),
@@ -262,21 +294,37 @@ BAD_CALLS = {
         "ref_emb: expected device cpu like the queries, got meta",
     ),
     "labels on another device": (
-        lambda: smooth_ap(X, torch.empty(6, dtype=torch.int64, device="meta")), ValueError, "labels: expected device cpu"
+        lambda: smooth_ap(X, torch.empty(6, dtype=torch.int64, device="meta")),
+        ValueError,
+        "labels: expected device cpu",
     ),
     "gallery without labels": (lambda: smooth_ap(X, L, ref_emb=X), ValueError, "ref_emb, ref_labels: expected both"),
     "gallery but no labels": (
-        lambda: fastret.SmoothAP(num_id=3)(X, ref_emb=X, ref_labels=L), ValueError, "labels: expected labels of the queries"
+        lambda: fastret.SmoothAP(num_id=3)(X, ref_emb=X, ref_labels=L),
+        ValueError,
+        "labels: expected labels of the queries",
     ),
     "gallery labels of another length": (
-        lambda: smooth_ap(X, L, ref_emb=X, ref_labels=L[:4]), ValueError, r"ref_labels: expected shape \(6,\)"
+        lambda: smooth_ap(X, L, ref_emb=X, ref_labels=L[:4]),
+        ValueError,
+        r"ref_labels: expected shape \(6,\)",
     ),
-    "unknown reduction": (lambda: smooth_ap(X, L, reduction="max"), ValueError, "reduction: expected one of.*got 'max'"),
+    "unknown reduction": (
+        lambda: smooth_ap(X, L, reduction="max"),
+        ValueError,
+        "reduction: expected one of.*got 'max'",
+    ),
     "unknown impl": (lambda: smooth_ap(X, L, impl="gpu"), ValueError, "impl: expected one of.*got 'gpu'"),
     "impl of another device": (
-        lambda: smooth_ap(X.to("meta"), L.to("meta"), impl="cpu"), ValueError, "impl='cpu' cannot serve.*not on meta"
+        lambda: smooth_ap(X.to("meta"), L.to("meta"), impl="cpu"),
+        ValueError,
+        "impl='cpu' cannot serve.*not on meta",
     ),
-    "wrong samples_per_class": (lambda: smooth_ap(X, L, samples_per_class=3), ValueError, "samples_per_class: expected 3"),
+    "wrong samples_per_class": (
+        lambda: smooth_ap(X, L, samples_per_class=3),
+        ValueError,
+        "samples_per_class: expected 3",
+    ),
 }
 
 

@@ -40,7 +40,9 @@ def by_loops(
     return torch.tensor(rank_all, dtype=F64), torch.tensor(rank_pos, dtype=F64)
 
 
-def case(n: int, m: int, d: int, classes: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def case(
+    n: int, m: int, d: int, classes: int, dtype: torch.dtype = F64
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """n queries, m gallery rows (0: the batch itself), labels in random order with a label each side lacks."""
     x, labels = torch.randn(n, d, dtype=dtype), torch.randint(0, classes, (n,))
     if m == 0:
@@ -87,7 +89,7 @@ def test_reference_is_the_definition(n: int, m: int, d: int, classes: int, exclu
     r = rank_sums(x, labels, y, y_labels, temperature=0.1, exclude_self=exclude_self, impl="reference")
     expected = by_loops(x, labels, y, y_labels, 0.1, exclude_self)
     torch.testing.assert_close((r.rank_all, r.rank_pos), expected, rtol=1e-12, atol=1e-12)
-    assert r.count.sum() == len(r.rank_all)
+    assert r.counts.sum() == len(r.rank_all)
 
 
 @pytest.mark.parametrize("impl", FUSED)
@@ -110,7 +112,9 @@ def test_float64_equals_reference(
 def test_low_precision_is_no_worse_than_dense_torch(impl: str, dtype: torch.dtype, m: int, temperature: float) -> None:
     """|ours - float64| <= 2 |dense torch in the same dtype - float64| + a few units in the last place."""
     x, labels, y, y_labels = case(130, m, 32, 20, dtype)
-    truth = values_and_gradients(x.to(F64), labels, None if y is None else y.to(F64), y_labels, temperature=temperature, impl="reference")
+    truth = values_and_gradients(
+        x.to(F64), labels, None if y is None else y.to(F64), y_labels, temperature=temperature, impl="reference"
+    )
 
     def dense() -> list[Tensor]:
         a = x.detach().clone().requires_grad_()
@@ -223,13 +227,19 @@ def test_any_shape_labels_dtype_and_strides(
     impl: str, problem: tuple[Tensor, Tensor, Tensor | None, Tensor | None, dict[str, object]]
 ) -> None:
     x, labels, y, y_labels, options = problem
-    expected = values_and_gradients(x.to(F64), labels, None if y is None else y.to(F64), y_labels, **options, impl="reference")
+    expected = values_and_gradients(
+        x.to(F64), labels, None if y is None else y.to(F64), y_labels, **options, impl="reference"
+    )
     actual = values_and_gradients(x, labels, y, y_labels, **options, impl=impl)
     accumulated = torch.finfo(torch.float64 if x.dtype == F64 else torch.float32).eps
     scale = (1 if options["normalize"] else 100) / float(options["temperature"])  # errors of a score, in units of tau
     for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
         stored = torch.finfo(x.dtype).eps if k >= 2 else 0
-        bound = (40 * accumulated * scale + stored) * (1 + e.abs().max().item() if e.numel() else 1) * (1 + scale * (k >= 2) / 10)
+        bound = (
+            (40 * accumulated * scale + stored)
+            * (1 + e.abs().max().item() if e.numel() else 1)
+            * (1 + scale * (k >= 2) / 10)
+        )
         torch.testing.assert_close(a.to(F64), e, rtol=0, atol=bound)
     if options["normalize"]:
         torch.testing.assert_close(actual[1] <= actual[0] * (1 + 1e-6), torch.ones_like(actual[0], dtype=torch.bool))
@@ -281,13 +291,13 @@ def test_zero_rows_and_duplicates(impl: str) -> None:
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9 * (1 + e.abs().max().item()))
 
 
-@pytest.mark.parametrize("impl", ("reference", *FUSED))
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
 def test_empty_batch_and_unmatched_queries(impl: str) -> None:
     none = rank_sums(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), temperature=0.1, impl=impl)
-    assert none.rank_all.shape == none.rank_pos.shape == none.count.shape == (0,)
+    assert none.rank_all.shape == none.rank_pos.shape == none.counts.shape == (0,)
     x, y = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     r = rank_sums(x, torch.tensor([1, 2, 3]), y, torch.tensor([4, 4, 5, 6, 7]), temperature=0.1, impl=impl)
-    assert r.count.tolist() == [0, 0, 0]
+    assert r.counts.tolist() == [0, 0, 0]
     r.rank_all.sum().backward()
     assert x.grad is None or not x.grad.any()
 
@@ -307,7 +317,7 @@ def test_saved_for_backward_is_linear(impl: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         r = rank_sums(x, labels, temperature=0.1, impl=impl)
-        loss = 1 - sum_by_query(r.rank_pos / r.rank_all, r.count).mean() / g
+        loss = 1 - sum_by_query(r.rank_pos / r.rank_all, r.counts).mean() / g
     assert sum(saved.values()) <= 2 * 4 * n * g + 3 * 8 * n + 4 * 16  # pairs; order, start, count
     loss.backward()
     assert x.grad.isfinite().all()
@@ -324,9 +334,7 @@ def test_registered_operators(impl: str) -> None:
         torch.library.opcheck(op, arguments)
         *ranks, order, start, count = op(*arguments)
         need_y = gallery is not None
-        torch.library.opcheck(
-            backward, (*ranks, x, gallery, order, start, count, 0.1, False, True, True, need_y, impl)
-        )
+        torch.library.opcheck(backward, (*ranks, x, gallery, order, start, count, 0.1, False, True, True, need_y, impl))
 
 
 @pytest.mark.parametrize("impl", FUSED)
@@ -335,7 +343,7 @@ def test_torch_func(impl: str) -> None:
 
     def total(a: Tensor, impl: str = impl) -> Tensor:
         r = rank_sums(a, labels, temperature=0.2, impl=impl)
-        return sum_by_query(r.rank_pos / r.rank_all, r.count)
+        return sum_by_query(r.rank_pos / r.rank_all, r.counts)
 
     expected = torch.func.jacrev(lambda a: total(a, "reference"))(x)
     with warnings.catch_warnings():
@@ -376,7 +384,9 @@ def test_same_bits_every_run(impl: str) -> None:
 @pytest.mark.parametrize("impl", FUSED)
 def test_samples_per_class_is_checked(impl: str) -> None:
     x = torch.randn(12, 4)
-    with pytest.raises(ValueError, match="samples_per_class: expected 4 rows of each query's class in the gallery, got 3"):
+    with pytest.raises(
+        ValueError, match="samples_per_class: expected 4 rows of each query's class in the gallery, got 3"
+    ):
         rank_sums(x, torch.arange(12) // 3, temperature=0.1, samples_per_class=4, impl=impl)
 
 

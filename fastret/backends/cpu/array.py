@@ -15,8 +15,8 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def array(t: Tensor) -> ArrayTuple:
-    """A (rows, cols) tensor accepted by ``rows_of``, or a contiguous vector as one row."""
+    """A (rows, cols) tensor accepted by ``rows_of``, or a contiguous vector as one row. It borrows: keep the tensor."""
     rows, cols = t.shape if t.dim() == 2 else (1, t.numel())
     stride = t.stride(0) if t.dim() == 2 and rows > 1 else cols
     available = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()
-    return t.data_ptr(), rows, cols, stride, DTYPE_CODES[t.dtype], available
+    return t.data_ptr(), rows, cols, stride, DTYPE_CODES[t.dtype], int(available)

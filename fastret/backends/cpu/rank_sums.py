@@ -4,17 +4,20 @@ import torch
 from torch import Tensor
 
 from fastret import _C
-from fastret.backends.cpu.array import array, rows_of
+from fastret.backends.cpu.array import ArrayTuple, array, rows_of
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.segments import Segments
+
+Problem = tuple[ArrayTuple, ArrayTuple | None, ArrayTuple, ArrayTuple, ArrayTuple, bool, bool, float, int]
 
 
 def _problem(
     x: Tensor, y: Tensor | None, s: Segments, temperature: float, exclude_self: bool, normalize: bool
-) -> tuple[object, ...]:
-    segments = (array(t.contiguous()) for t in (s.order, s.start, s.count))
+) -> Problem:
+    """The arguments both directions share; the tensors must outlive the call."""
+    order, start, count = array(s.order), array(s.start), array(s.count)
     gallery = None if y is None else array(y)
-    return array(x), gallery, *segments, exclude_self, normalize, temperature, torch.get_num_threads()
+    return array(x), gallery, order, start, count, exclude_self, normalize, temperature, torch.get_num_threads()
 
 
 def forward(
@@ -55,6 +58,6 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype) if need_x else None
     dy = torch.empty(y.shape, dtype=y.dtype) if y is not None and need_y else None
     problem = _problem(x, y, segments, temperature, exclude_self, normalize)
-    outputs = (None if g is None else array(g) for g in (dx, dy))
+    outputs = [None if g is None else array(g) for g in (dx, dy)]
     _C.rank_sums_backward(*problem, array(grad_all), array(grad_pos), *outputs)
     return dx, dy
