@@ -1,0 +1,112 @@
+"""The command line: ``fastret info``, ``fastret train``, ``fastret bench``."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fastret
+from fastret.backends.registry import AUTO, IMPLEMENTATIONS
+from fastret.training import TrainOptions, train
+from fastret.training.checkpoint import load_checkpoint
+from fastret.training.heap import keep_freed_memory
+from fastret.training.losses import LOSSES
+
+USER_ERROR = 2
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
+DEFAULT = {field.name: field.default for field in fields(TrainOptions)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as every other user error is reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_fail(message))
+
+
+def _fail(message: object) -> int:
+    print("fastret: error:", " ".join(str(message).split()), file=sys.stderr)
+    return USER_ERROR
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="fastret", description="Image-retrieval losses without their huge tensors.")
+    parser.add_argument("--version", action="version", version=f"fastret {fastret.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | train | bench")
+    commands.add_parser("info", help="print versions, devices and what serves each op")
+    _add_train(commands.add_parser("train", help="train a small network and evaluate it on unseen classes"))
+    commands.add_parser("bench", help="run the benchmarks of a checkout; takes their options", add_help=False)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, **settings: Any) -> None:
+        # Left out of the result unless given, so that --resume knows what the user asked for.
+        default = DEFAULT[name]
+        text = text if default is None else f"{text} (default: {default})"
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **settings)
+
+    add("data", "glyphs, a directory with one folder of images a class, or an .npz of scripts/render_glyphs.py")
+    add("loss", "the loss", choices=LOSSES)
+    add("output", "folder for checkpoint.pt, metrics.json and plot.png; an older run in it is replaced")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in the output folder, with its options"
+    )
+    add("iterations", "batches to train on", type=int)
+    add("batch_classes", "classes of a batch; all there are where the data has fewer", type=int)
+    add("samples_per_class", "images of each class in a batch", type=int)
+    add("temperature", "temperature of the loss", type=float)
+    add("lr", "AdamW's learning rate at the start of a cosine schedule", type=float)
+    add("seed", "seed of weights, batches and augmentation", type=int)
+    add("checkpoint_every", "iterations between two checkpoints", type=int)
+    add("threads", "CPU threads (default: as PyTorch has it)", type=int)
+    add("impl", "implementation of the loss (default: the fastest)", choices=(AUTO, *IMPLEMENTATIONS))
+    add("device", "device", choices=("cpu", "cuda"))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(arguments).items() if name in DEFAULT}
+    if arguments.resume:
+        saved = load_checkpoint(Path(given.get("output", TrainOptions.output)))["options"]
+        given = {**saved, **given}
+    options = TrainOptions(**given)
+    keep_freed_memory()
+    train(options, resume=arguments.resume)
+    return 0
+
+
+def _bench(options: Sequence[str]) -> int:
+    for root in (Path.cwd(), Path(fastret.__file__).parents[1]):
+        if (root / "benchmarks" / "__main__.py").is_file() and (root / "fastret" / "__init__.py").is_file():
+            return subprocess.run([sys.executable, "-m", "benchmarks", *options], cwd=root, check=False).returncode
+    return _fail("the benchmarks are not installed with fastret; run this in a checkout of its repository")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 after a user error, 130 after Ctrl-C.
+
+    Args:
+        argv: the arguments; None: those of the process.
+    """
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "bench":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        if arguments.command == "train":
+            return _train(arguments)
+        if arguments.command == "bench":
+            return _bench(rest)
+        print(fastret.env_report())
+        return 0
+    # What fastret raises about arguments, data and files says what to change; a traceback would bury it.
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return _fail(error)
+    except KeyboardInterrupt as stopped:
+        print(f"fastret: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,122 @@
+"""What a run found: metrics.json for programs, a table for people."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastret._version import __version__
+from fastret.data import ImageSet
+from fastret.training.evaluation import Retrieval
+from fastret.training.losses import training_loss
+from fastret.training.memory import Peak
+from fastret.training.options import TrainOptions
+
+NAME = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Size of one side of the data."""
+
+    classes: int
+    images: int
+
+    @staticmethod
+    def of(data: ImageSet) -> "Part":
+        return Part(len(data.class_names), len(data.images))
+
+    def __str__(self) -> str:
+        return f"{self.classes:,} classes, {self.images:,} images"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time spent in training steps, and of that in the loss's forward and backward."""
+
+    training: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes of one forward and backward of the loss, measured, and what the official code needs at its peak."""
+
+    loss: Peak
+    official_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of a run; metrics.json holds it field by field, and the versions it was made with."""
+
+    options: TrainOptions
+    train: Part
+    held_out: Part
+    batch_classes: int
+    before: Retrieval
+    after: Retrieval
+    history: list[float]
+    seconds: Seconds
+    memory: Memory
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "versions": versions()}
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder``/metrics.json, replacing an older one at once."""
+        unfinished = folder / f"{NAME}.tmp"
+        unfinished.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder / NAME)
+
+    def table(self) -> str:
+        """The summary printed at the end of a run."""
+        options, rows = self.options, self.batch_classes * self.options.samples_per_class
+        share = self.seconds.loss / self.seconds.training
+        return "\n".join(
+            [
+                f"Held out: {self.held_out}, never trained on",
+                f"{'':10}{'untrained':>12}{'trained':>12}",
+                f"{'R@1':10}{_percent(self.before.recall_at_1):>12}{_percent(self.after.recall_at_1):>12}",
+                f"{'MAP@R':10}{_percent(self.before.map_at_r):>12}{_percent(self.after.map_at_r):>12}",
+                "",
+                f"{options.loss}, {options.iterations:,} batches of {rows:,} images "
+                f"({self.batch_classes:,} classes x {options.samples_per_class}), {options.device}",
+                f"  training     {self.seconds.training:.1f} s, the loss {self.seconds.loss:.1f} s ({share:.1%})",
+                f"  loss memory  {self._memory(rows)}",
+            ]
+        )
+
+    def _memory(self, rows: int) -> str:
+        official = training_loss(self.options.loss).official
+        needs = f"the official code's {official} need {_size(self.memory.official_bytes)} at N = {rows:,}"
+        peak = self.memory.loss
+        return f"{f'not measured: {peak.problem}' if peak.bytes is None else _size(peak.bytes)}; {needs}"
+
+
+def versions() -> dict[str, str | int]:
+    """What may change a run's numbers."""
+    return {
+        "fastret": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _size(size: int) -> str:
+    for factor, unit in ((10**9, "GB"), (10**6, "MB")):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size / 1000:.3g} kB"

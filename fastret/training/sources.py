@@ -1,0 +1,34 @@
+"""The image sets that `fastret train` knows, by name, and those it finds on disk. A new one is one entry of SOURCES."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastret.data import ImageSet, load_folder, load_glyphs
+
+SOURCES: dict[str, Callable[[], ImageSet]] = {"glyphs": load_glyphs}
+
+
+def open_data(name: str) -> ImageSet:
+    """A named set, a directory with one folder of images a class, or an .npz of scripts/render_glyphs.py.
+
+    Raises:
+        ValueError: it is none of these, or has no classes to train on or none to hold out.
+        ImportError: a directory needs Pillow.
+    """
+    if name in SOURCES:
+        data = SOURCES[name]()
+    elif Path(name).is_dir():
+        data = load_folder(name)
+    elif Path(name).is_file() and Path(name).suffix == ".npz":
+        data = load_glyphs(name)
+    else:
+        raise ValueError(
+            f"data: expected {' or '.join(SOURCES)}, a directory with one folder of images a class, "
+            f"or an .npz of scripts/render_glyphs.py, got {name!r}"
+        )
+    held_out = len(data.class_names) - data.train_classes
+    if data.train_classes < 2 or held_out < 2:
+        raise ValueError(
+            f"data: expected 2 classes or more both to train on and held out, got {data.train_classes} and {held_out}"
+        )
+    return data

@@ -1,0 +1,128 @@
+"""The command line: exit codes, one-line errors, what it prints."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastret
+from fastret import cli
+from fastret.training import TrainOptions
+from fastret.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_memory_process")
+
+
+@pytest.fixture(autouse=True)
+def heap_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this process measure memory: leave the C library's settings alone."""
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+
+
+def _flags(options: TrainOptions) -> list[str]:
+    return [
+        *("train", "--data", options.data, "--output", options.output),
+        *("--iterations", str(options.iterations), "--batch-classes", str(options.batch_classes)),
+    ]
+
+
+def test_info_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().out.strip() == fastret.env_report()
+
+
+def test_train_prints_a_summary_and_resumes(
+    options: Callable[..., TrainOptions], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def interrupted(self: Trainer) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    chosen = options()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        assert cli.main(_flags(chosen)) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = f"train --output {chosen.output} --resume"
+    assert last == f"fastret: stopped after 1 of 4 iterations; go on with: fastret {command}"
+
+    assert cli.main(command.split()) == 0
+    out = capsys.readouterr().out
+    for part in ("resumed after 1 of 4 iterations", "untrained", "MAP@R", "16 classes x 4", "metrics.json, plot.png"):
+        assert part in out
+
+
+def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "fastret: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nowhere"], "data: expected glyphs, a directory"),
+        (["train", "--lr", "0"], "lr: expected a positive"),
+        (["train", "--iterations", "0"], "iterations: expected at least 1, got 0"),
+        (["train", "--iterations", "many"], "argument --iterations: invalid int value: 'many'"),
+        (["train", "--loss", "triplet"], "argument --loss: invalid choice: 'triplet'"),
+        (["train", "--resume", "--output", "nowhere"], "no checkpoint.pt to resume from in nowhere"),
+        (["train", "--itertions", "3"], "unknown arguments: --itertions 3"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        ([], "the following arguments are required"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code: int | str | None = cli.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("fastret: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_missing_cuda_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--device", "cuda"]) == 2
+    assert "device: expected cpu" in capsys.readouterr().err
+
+
+def test_bench_runs_the_benchmarks_of_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (
+        ("benchmarks/__main__.py", "import sys; print(sys.argv[1:]); sys.exit(3)"),
+        ("fastret/__init__.py", ""),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "--help", "smooth_ap"]) == 3
+    assert capfd.readouterr().out.strip() == "['--help', 'smooth_ap']"
+
+
+def test_bench_without_a_checkout_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fastret, "__file__", str(tmp_path / "site-packages" / "fastret" / "__init__.py"))
+    assert cli.main(["bench"]) == 2
+    assert "the benchmarks are not installed with fastret" in capsys.readouterr().err
