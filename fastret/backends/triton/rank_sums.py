@@ -1,0 +1,157 @@
+"""rank_sums by the kernels of kernels/triton/rank_sums.py: sorts and normalises the rows, launches, unsorts.
+
+Nothing here waits for the device: launch grids follow from shapes alone, and CUDA graphs can capture every call. Memory
+beyond inputs and outputs: sorted rows in their own dtype, their gradients in the dtype of accumulation, two numbers a
+positive pair. Where sums are divided into parts, a copy of them for each part: at most BLOCK_M rows a multiprocessor.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastret.backends.rows import PackedRows, accumulation_dtype, pack_rows, poison
+from fastret.backends.segments import Segments
+from fastret.kernels.triton import config
+from fastret.kernels.triton import rank_sums as kernels
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything sorted by class, and the table of positive scores.
+
+    Attributes:
+        x, y: queries (N, D) and gallery (M, D); the same object where the gallery is the batch.
+        segments: start, size and first pair of each sorted query, (N,) int64 each.
+        scale: log2(e) / temperature, 0-dim, in the dtype of accumulation: a kernel's float argument is float32.
+        scores: (P,) scaled scores of the positive pairs.
+        exclude_self: as for the op.
+    """
+
+    x: PackedRows
+    y: PackedRows
+    segments: tuple[Tensor, Tensor, Tensor]
+    scale: Tensor
+    scores: Tensor
+    exclude_self: bool
+
+    def score_positives(self) -> None:
+        """Fills ``scores``."""
+        x, y = self.x.rows, self.y.rows
+        options = config.lookup("scores", x)
+        kernels.positive_scores_kernel[(triton.cdiv(len(x), options["BLOCK_M"]),)](
+            x, y, *self.segments, self.scale, self.scores, len(x), len(y), x.shape[1], **options
+        )
+
+    def sums(self, kernel: Any, inputs: tuple[Tensor, ...], count: int) -> list[Tensor]:
+        """``count`` tables (P,) that a kernel fills with sums over the gallery."""
+        x, y, pairs = self.x.rows, self.y.rows, len(self.scores)
+        options = config.lookup("sums", x)
+        blocks = triton.cdiv(len(x), options["BLOCK_M"])
+        parts = config.parts(x.device, blocks, triton.cdiv(len(y), options["BLOCK_N"]))
+        tables = [self.scores.new_empty(parts, pairs) for _ in range(count)]
+        kernel[blocks, parts](
+            *(x, y, *self.segments, self.scale, self.scores, *inputs, *tables, len(x), len(y), x.shape[1], pairs),
+            EXCLUDE_SELF=self.exclude_self,
+            **options,
+        )
+        return [_total(t) for t in tables]
+
+    def gradient(self, grad_all: Tensor, grad_scores: Tensor, *, of_x: bool, of_y: bool) -> Tensor:
+        """Gradient of the packed rows of x, of y, or of both where they are the same."""
+        u, v = (self.x.rows, self.y.rows) if of_x else (self.y.rows, self.x.rows)
+        n, m, width = len(u), len(v), u.shape[1]
+        options = config.lookup("gradient", u)
+        blocks, slices = triton.cdiv(n, options["BLOCK_M"]), triton.cdiv(width, options["SLICE"])
+        parts = config.parts(u.device, blocks * slices, triton.cdiv(m, options["BLOCK_N"]))
+        du = self.scores.new_empty(parts, n, width)
+        kernels.rank_gradient_kernel[blocks, slices, parts](
+            *(u, v, *self.segments, self.scale, self.scores, grad_all, grad_scores, du, n, m, width),
+            ROWS=of_x,
+            COLUMNS=of_y,
+            EXCLUDE_SELF=self.exclude_self,
+            **options,
+        )
+        return _total(du)
+
+
+def _total(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _pack(x: Tensor, order: Tensor, normalize: bool) -> PackedRows:
+    """Sorted rows in the dtype of x, laid out row after row."""
+    packed = pack_rows(x, order, normalize, x.dtype)
+    return PackedRows(packed.rows.contiguous(), packed.order, packed.norms)
+
+
+def _prepare(
+    x: Tensor, y: Tensor | None, s: Segments, pairs: int, temperature: float, exclude_self: bool, normalize: bool
+) -> _Problem:
+    order = s.order if y is None else torch.argsort(s.start, stable=True)
+    queries = _pack(x, order, normalize)
+    gallery = queries if y is None else _pack(y, s.order, normalize)
+    dtype = accumulation_dtype(x.dtype)
+    problem = _Problem(
+        queries,
+        gallery,
+        (s.start[order], s.count[order], s.first_pair()[order]),
+        torch.full((), math.log2(math.e) / temperature, dtype=dtype, device=x.device),
+        torch.empty(pairs, dtype=dtype, device=x.device),
+        exclude_self,
+    )
+    problem.score_positives()
+    return problem
+
+
+def forward(
+    x: Tensor,
+    y: Tensor | None,
+    segments: Segments,
+    pairs: int,
+    *,
+    temperature: float,
+    exclude_self: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """rank_all, rank_pos (P,) as backends/reference defines them."""
+    if pairs == 0:
+        nothing = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+        return nothing, nothing.clone()
+    with torch.cuda.device_of(x):
+        problem = _prepare(x, y, segments, pairs, temperature, exclude_self, normalize)
+        rank_all, rank_pos = problem.sums(kernels.rank_sums_kernel, (), 2)
+        nan = poison(x) if y is None else poison(x, y)
+        return rank_all.add_(nan), rank_pos.add_(nan)
+
+
+def backward(
+    grad_all: Tensor,
+    grad_pos: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    segments: Segments,
+    *,
+    temperature: float,
+    exclude_self: bool,
+    normalize: bool,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and y from those of rank_all and rank_pos (P,)."""
+    pairs = grad_all.numel()
+    if pairs == 0:
+        return torch.zeros_like(x) if need_x else None, torch.zeros_like(y) if y is not None and need_y else None
+    with torch.cuda.device_of(x):
+        grad_all, grad_pos = grad_all.contiguous(), grad_pos.contiguous()
+        problem = _prepare(x, y, segments, pairs, temperature, exclude_self, normalize)
+        (grad_scores,) = problem.sums(kernels.pair_gradient_kernel, (grad_all, grad_pos), 1)
+        dx = dy = None
+        if need_x:
+            dx = problem.x.gradient(problem.gradient(grad_all, grad_scores, of_x=True, of_y=y is None), x.dtype)
+        if y is not None and need_y:
+            dy = problem.y.gradient(problem.gradient(grad_all, grad_scores, of_x=False, of_y=True), y.dtype)
+        return dx, dy

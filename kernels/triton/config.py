@@ -1,0 +1,109 @@
+"""Tiles and launch options, by kind of kernel, bytes per element of the rows, and architecture.
+
+A table, not @triton.autotune: the same call does the same work in every process, and nothing is timed in a training
+step. The entries for half precision and float32 compile without register spills (tests/kernels/aot.py); none is timed
+yet. float32 and float64 products are IEEE and run on the ordinary arithmetic units, hence their narrower tiles.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import torch
+
+Options = Mapping[str, int]
+
+
+def _tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> Options:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, **more}
+
+
+# scores: tiles of S as they are. sums: reductions along rows of S, for CHUNK positives of a query a sweep.
+# gradient: tiles of S, recomputed, times rows; SLICE, ascending: features a program accumulates in registers.
+# CUDA architectures ascend; one that is not listed takes the nearest older one.
+_TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
+    ("scores", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
+    ("scores", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
+    ("scores", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
+    ("sums", 2): {"sm_80": (_tile(64, 64, 64, 8, 3, CHUNK=16),), "gfx942": (_tile(64, 64, 64, 4, 2, CHUNK=16),)},
+    ("sums", 4): {"sm_80": (_tile(64, 64, 16, 8, 2, CHUNK=16),), "gfx942": (_tile(64, 64, 16, 4, 2, CHUNK=16),)},
+    ("sums", 8): {"sm_80": (_tile(32, 32, 32, 4, 2, CHUNK=16),), "gfx942": (_tile(32, 32, 32, 4, 2, CHUNK=16),)},
+    ("gradient", 2): {
+        "sm_80": (
+            _tile(64, 32, 32, 8, 3, SLICE=128),
+            _tile(64, 32, 32, 8, 3, SLICE=256),
+            _tile(32, 32, 64, 8, 3, SLICE=512),
+        ),
+        "sm_90": (
+            _tile(64, 32, 64, 8, 3, SLICE=128),
+            _tile(64, 32, 64, 8, 3, SLICE=256),
+            _tile(64, 16, 64, 8, 3, SLICE=512),
+        ),
+        "sm_100": (
+            _tile(64, 32, 64, 8, 3, SLICE=128),
+            _tile(64, 32, 64, 8, 3, SLICE=256),
+            _tile(64, 32, 64, 8, 3, SLICE=512),
+        ),
+        "gfx942": (
+            _tile(64, 32, 64, 4, 2, SLICE=128),
+            _tile(64, 32, 64, 4, 2, SLICE=256),
+            _tile(64, 32, 64, 4, 2, SLICE=512),
+        ),
+    },
+    ("gradient", 4): {
+        "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+        "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+    },
+    ("gradient", 8): {
+        "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
+        "gfx942": (_tile(32, 32, 16, 8, 2, SLICE=32),),
+    },
+}
+
+# For Triton's interpreter, as small as tl.dot allows: small tests have several tiles and a rest on every axis.
+_INTERPRETED: dict[str, Options] = {
+    "scores": _tile(16, 16, 16, 1, 1),
+    "sums": _tile(16, 16, 16, 1, 1, CHUNK=4),
+    "gradient": _tile(16, 16, 16, 1, 1, SLICE=16),
+}
+_INTERPRETED_PROCESSORS = 8
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """sm_90 or gfx942, for example; "interpreter" for the CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def choices(kind: str, architecture: str, itemsize: int) -> tuple[Options, ...]:
+    """All that ``lookup`` may choose from for an architecture."""
+    if architecture == "interpreter":
+        return (_INTERPRETED[kind],)
+    entry = _TABLE[kind, itemsize]
+    if architecture.startswith("gfx"):
+        return entry["gfx942"]
+    older = [name for name in entry if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
+    return entry[older[-1] if older else "sm_80"]
+
+
+def lookup(kind: str, rows: torch.Tensor) -> Options:
+    """Options of a kernel over rows (N, width): with the smallest SLICE that holds the width, else the largest."""
+    found = choices(kind, architecture(rows.device), rows.dtype.itemsize)
+    return next((options for options in found if options.get("SLICE", rows.shape[1]) >= rows.shape[1]), found[-1])
+
+
+def parts(device: torch.device, programs: int, tiles: int) -> int:
+    """Into how many parts to divide sums over ``tiles`` tiles so that few ``programs`` occupy every multiprocessor.
+
+    It follows from shapes and device alone, so that sums are equal from run to run. No part is empty.
+    """
+    processors = _INTERPRETED_PROCESSORS
+    if device.type != "cpu":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    share = -(-tiles // max(1, min(tiles, processors // programs)))
+    return -(-tiles // share)

@@ -1,0 +1,69 @@
+"""Tiles of a pair matrix S = X Y^T that is never stored, and functions of its elements: shared by all kernels.
+
+Rows are stored contiguously, (rows, width). Row numbers are int32, addresses int64. Accumulation is in the dtype of
+``scale``: float32, float64 for float64 rows. bfloat16 is widened right after a load, except for operands of tl.dot.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def owned_rows(n, BLOCK_M: tl.constexpr):
+    """The rows of this program along grid axis 0, and whether they exist; those that do not repeat the last."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tl.minimum(row, n - 1), row < n
+
+
+@triton.jit
+def owned_columns(m, AXIS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """begin, end of this program's share of m columns, which the programs along a grid axis divide in whole tiles."""
+    share = tl.cdiv(tl.cdiv(m, BLOCK_N), tl.num_programs(AXIS)) * BLOCK_N
+    begin = tl.program_id(AXIS) * share
+    return begin, tl.minimum(begin + share, m)
+
+
+@triton.jit
+def score_tile(x, y, row, column, width, scale, BLOCK_K: tl.constexpr):
+    """(M, N) scaled dot products <x_row, y_column> of existing rows ``row`` (M,) and ``column`` (N,).
+
+    float32 products are IEEE: small temperatures multiply what TF32 would lose.
+    """
+    x_row = x + row.to(tl.int64)[:, None] * width
+    y_row = y + column.to(tl.int64)[None, :] * width
+    total = tl.zeros((row.shape[0], column.shape[0]), dtype=scale.dtype)
+    for begin in range(0, width, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x_row + k[None, :], mask=k[None, :] < width, other=0.0)
+        y_tile = tl.load(y_row + k[:, None], mask=k[:, None] < width, other=0.0)
+        total = tl.dot(x_tile, y_tile, total, input_precision="ieee", out_dtype=total.dtype)
+    return total * scale
+
+
+@triton.jit
+def add_weighted_rows(total, weights, y, column, feature, width):
+    """total (M, F) + weights (M, N) @ y[column, feature], features beyond the width as 0.
+
+    The weights take the dtype of y. float16 has too little range for gradients: it goes through TF32, which holds
+    float16 rows exactly and gives the weights the same 10 bits.
+    """
+    address = y + column.to(tl.int64)[:, None] * width + feature[None, :]
+    rows = tl.load(address, mask=feature[None, :] < width, other=0.0)
+    if rows.dtype == tl.float16:
+        return tl.dot(weights, rows.to(tl.float32), total, input_precision="tf32")
+    else:
+        return tl.dot(weights.to(rows.dtype), rows, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def sigmoid2(z):
+    """1 / (1 + 2^-z): the sigmoid of z ln 2; 0 and 1 at infinity."""
+    return 1.0 / (1.0 + tl.exp2(-z))
+
+
+@triton.jit
+def sigmoid2_slope(z):
+    """u (1 - u) for u = sigmoid2(z); by symmetry from 2^-|z|, which neither overflows nor cancels. 0 at infinity."""
+    e = tl.exp2(-tl.abs(z))
+    u = 1.0 / (1.0 + e)
+    return e * u * u

@@ -1,0 +1,245 @@
+"""rank_sums by Triton against the definition in float64: compiled where there is a GPU, else interpreted.
+
+The interpreter's blocks are 16 rows, 16 columns, 16 features and chunks of 4 positives: the shapes below have several
+of each and a rest on every axis. On a GPU the same classes come several times over, in wider rows.
+"""
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from fastret.backends.segments import label_segments
+from fastret.backends.triton import rank_sums as backend
+from fastret.kernels.triton import config
+from fastret.kernels.triton import rank_sums as kernels
+from fastret.ops import rank_sums
+
+F64 = torch.float64
+COMPILED = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if COMPILED else "cpu")
+COPIES, WIDTHS = (9, (20, 130, 600)) if COMPILED else (1, (20,))
+
+# Saturated sigmoids overflow 2^z on purpose; numpy, which interprets, remarks on it.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+
+BATCH = (1, 4, 5, 9, 1, 3, 12)  # class sizes around the chunk of 4; three blocks of rows, the last with 3
+OTHER = (0, 2, 17, 0, 1, 4, 8)  # of a gallery: classes without a match, and one that spans two blocks
+
+
+def problem(sizes: tuple[int, ...], width: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of classes of the given sizes, in random order, and their labels, which are not consecutive numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    copies = sizes if len(sizes) == 1 else sizes * COPIES
+    labels = torch.repeat_interleave(torch.arange(len(copies)) * 7 - 11, torch.tensor(copies))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    return torch.randn(len(labels), width, generator=generator, dtype=F64).to(DEVICE), labels.to(DEVICE)
+
+
+def values_and_gradients(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    *,
+    wanted: str = "xy",
+    rounded: torch.dtype | None = None,
+    **options: object,
+) -> list[Tensor]:
+    """rank_all, rank_pos and the wanted gradients of a random linear form of both.
+
+    rounded: unit rows are rounded to this dtype, as the kernels do for tl.dot; the gradient passes through.
+    """
+    x = x.detach().clone().requires_grad_("x" in wanted)
+    y = None if y is None else y.detach().clone().requires_grad_("y" in wanted)
+
+    def unit(rows: Tensor) -> Tensor:
+        u = torch.nn.functional.normalize(rows)
+        return u + (u.to(rounded).to(F64) - u).detach()
+
+    if rounded is not None:
+        r = rank_sums(unit(x), labels, None if y is None else unit(y), y_labels, normalize=False, **options)
+    else:
+        r = rank_sums(x, labels, y, y_labels, **options)
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(2, r.rank_all.numel(), generator=generator, dtype=F64).to(r.rank_all)
+    (weights[0] @ r.rank_all + weights[1] @ r.rank_pos).backward()
+    return [r.rank_all.detach(), r.rank_pos.detach(), *(t.grad for t in (x, y) if t is not None and t.requires_grad)]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], *bounds: float) -> None:
+    """Relative errors of the ranks and of the gradients, in the Frobenius norm."""
+    assert len(actual) == len(expected)
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape
+        error = (a.to(F64) - e).norm().item()
+        assert error <= bounds[number > 1] * e.norm().item(), (number, error / e.norm().item())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize(("dtype", "ranks", "gradients"), [(F64, 1e-14, 1e-13), (torch.float32, 1e-6, 3e-6)])
+def test_batch(
+    dtype: torch.dtype, ranks: float, gradients: float, exclude_self: bool, normalize: bool, width: int
+) -> None:
+    x, labels = problem(BATCH, width)
+    x = x.to(dtype)
+    options = {"temperature": 0.05 if normalize else 1.0, "exclude_self": exclude_self, "normalize": normalize}
+    expected = values_and_gradients(x.to(F64), labels, **options, impl="reference")
+    assert_close(values_and_gradients(x, labels, **options, impl="triton"), expected, ranks, gradients)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("wanted", ["x", "y", "xy"])
+@pytest.mark.parametrize(("dtype", "ranks", "gradients"), [(F64, 1e-14, 1e-13), (torch.float32, 1e-6, 3e-6)])
+def test_gallery(dtype: torch.dtype, ranks: float, gradients: float, wanted: str, width: int) -> None:
+    (x, labels), (y, y_labels) = problem(BATCH, width), problem(OTHER, width, seed=1)
+    x, y = x.to(dtype), y.to(dtype)
+    options = {"temperature": 0.05, "wanted": wanted}
+    expected = values_and_gradients(x.to(F64), labels, y.to(F64), y_labels, **options, impl="reference")
+    assert_close(values_and_gradients(x, labels, y, y_labels, **options, impl="triton"), expected, ranks, gradients)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("gallery", [False, True])
+@pytest.mark.parametrize(("dtype", "gradients"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_half_precision(dtype: torch.dtype, gradients: float, gallery: bool, width: int) -> None:
+    """Ranks are those of the rounded unit rows to float32 precision; gradients have the precision of the dtype."""
+    x, labels = problem(BATCH, width)
+    y, y_labels = problem(OTHER, width, seed=1) if gallery else (None, None)
+    x, y = x.to(dtype), None if y is None else y.to(dtype)
+    wide = (x.to(F64), labels, None if y is None else y.to(F64), y_labels)
+    expected = values_and_gradients(*wide, temperature=0.05, rounded=dtype, impl="reference")
+    actual = values_and_gradients(x, labels, y, y_labels, temperature=0.05, impl="triton")
+    assert all(g.dtype == dtype for g in actual[2:])
+    assert_close(actual, expected, 2e-6, gradients)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "width"),
+    [((1,), 1), ((19,), 3), ((1,) * 18, 5), ((4,) * 5, 16), ((2, 3), 37)],
+    ids=["one row", "one class", "singletons", "equal classes", "few wide rows"],
+)
+def test_shapes(sizes: tuple[int, ...], width: int) -> None:
+    x, labels = problem(sizes, width)
+    for exclude_self in (False, True):
+        options = {"temperature": 0.1, "exclude_self": exclude_self}
+        expected = values_and_gradients(x, labels, **options, impl="reference")
+        assert_close(values_and_gradients(x, labels, **options, impl="triton"), expected, 1e-14, 1e-13)
+
+
+@pytest.mark.parametrize(("queries", "gallery"), [(0, 0), (0, 5), (5, 0), (5, 4)])
+def test_no_positive_pair(queries: int, gallery: int) -> None:
+    x = torch.randn(queries, 6, device=DEVICE)
+    y = torch.randn(gallery, 6, device=DEVICE)
+    labels, y_labels = torch.zeros(queries, dtype=int, device=DEVICE), torch.ones(gallery, dtype=int, device=DEVICE)
+    for given in ((x, labels, y, y_labels), (x[:0], labels[:0])):
+        rank_all, rank_pos, *gradients = values_and_gradients(*given, temperature=0.1, impl="triton")
+        assert rank_all.shape == rank_pos.shape == (0,)
+        assert all(g.count_nonzero() == 0 for g in gradients)
+
+
+def test_known_number_of_samples_and_strided_rows() -> None:
+    x, labels = problem((4,) * 5, 24)
+    strided = x.T.contiguous().T
+    assert not strided.is_contiguous()
+    expected = values_and_gradients(x, labels, temperature=0.1, impl="reference")
+    options = {"temperature": 0.1, "samples_per_class": 4, "impl": "triton"}
+    assert_close(values_and_gradients(strided, labels, **options), expected, 1e-14, 1e-13)
+
+
+def test_upstream_gradient_of_one_output() -> None:
+    """autograd then hands over zeros that are expanded, not laid out."""
+    x, labels = problem(BATCH, 20)
+    gradients = []
+    for impl in ("reference", "triton"):
+        rows = x.clone().requires_grad_()
+        rank_sums(rows, labels, temperature=0.1, impl=impl).rank_all.sum().backward()
+        gradients.append(rows.grad)
+    assert_close([*gradients[:0], x, x, gradients[1]], [x, x, gradients[0]], 0, 1e-13)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number_is_not_hidden(value: float) -> None:
+    x, labels = problem(BATCH, 20)
+    x[5, 3] = value
+    r = rank_sums(x.float(), labels, temperature=0.01, impl="triton")
+    assert r.rank_all.isnan().all()
+    assert r.rank_pos.isnan().all()
+
+
+def test_saturated_sigmoids() -> None:
+    """Differences of thousands of temperatures: 2^z overflows, the ranks and gradients do not."""
+    x, labels = problem(BATCH, 20)
+    options = {"temperature": 1e-4, "normalize": True}
+    expected = values_and_gradients(x, labels, **options, impl="reference")
+    actual = values_and_gradients(x.float(), labels, **options, impl="triton")
+    assert all(t.isfinite().all() for t in actual)
+    assert_close(actual[:2], expected[:2], 1e-3)
+
+
+def test_equal_from_run_to_run() -> None:
+    x, labels = problem(BATCH, 20)
+    runs = [values_and_gradients(x.float(), labels, temperature=0.05, impl="triton") for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_interpreted_shapes_have_several_of_everything() -> None:
+    sums, gradient = (config.choices(kind, "interpreter", 4)[0] for kind in ("sums", "gradient"))
+    for sizes in (BATCH, OTHER):
+        assert sum(sizes) > sums["BLOCK_M"]
+        assert max(sizes) > 2 * sums["CHUNK"]
+    assert gradient["SLICE"] < 20 != gradient["SLICE"] + gradient["BLOCK_K"]
+    blocks = triton.cdiv(sum(BATCH), sums["BLOCK_M"])
+    assert config.parts(torch.device("cpu"), blocks, blocks) > 1, "ranks are summed over parts of the gallery"
+    assert config.parts(torch.device("cpu"), 2, 2) > 1, "gradients too, where the gallery is small"
+
+
+@pytest.mark.parametrize("tiles", [1, 5, 64, 1000])
+@pytest.mark.parametrize("programs", [1, 2, 3, 7, 100])
+def test_no_part_is_empty(programs: int, tiles: int) -> None:
+    parts = config.parts(torch.device("cpu"), programs, tiles)
+    share = triton.cdiv(tiles, parts)
+    assert 1 <= parts <= tiles
+    assert (parts - 1) * share < tiles
+
+
+def test_kernels_are_compiled_on_a_gpu_and_only_there() -> None:
+    for kernel in (
+        kernels.positive_scores_kernel,
+        kernels.rank_sums_kernel,
+        kernels.pair_gradient_kernel,
+        kernels.rank_gradient_kernel,
+    ):
+        assert isinstance(kernel, triton.JITFunction) == COMPILED
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tile"), [("sm_75", "sm_80"), ("sm_86", "sm_80"), ("sm_103", "sm_100"), ("gfx950", "gfx942")]
+)
+def test_architectures_that_are_not_listed(architecture: str, tile: str) -> None:
+    assert config.choices("gradient", architecture, 2) == config.choices("gradient", tile, 2)
+
+
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = problem(BATCH, 20)
+    segments = label_segments(labels)
+    pairs = int(segments.count.sum())
+    options = {"temperature": 0.1, "exclude_self": True, "normalize": True}
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a value was read on the host")
+
+    names = ("item", "tolist", "nonzero", "__int__", "__bool__", "__float__", "__index__")
+    if COMPILED:
+        torch.cuda.set_sync_debug_mode("error")
+    else:
+        for name in names:
+            monkeypatch.setattr(Tensor, name, refuse)
+    try:
+        ranks = backend.forward(x, None, segments, pairs, **options)
+        backend.backward(*ranks, x, None, segments, **options, need_x=True, need_y=False)
+    finally:
+        if COMPILED:
+            torch.cuda.set_sync_debug_mode("default")
