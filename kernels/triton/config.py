@@ -14,7 +14,9 @@ Options = Mapping[str, int]
 
 
 def _tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> Options:
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, **more}
+    # Fused multiply-adds are what float32 tiles are made of, and Triton 3.10 stops making them unless asked.
+    launch = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **launch, **more}
 
 
 # scores: tiles of S as they are. sums: reductions along rows of S, for CHUNK positives of a query a sweep.
@@ -59,11 +61,11 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
 }
 
-# For Triton's interpreter, as small as tl.dot allows: small tests have several tiles and a rest on every axis.
+# For Triton's interpreter, small: small tests then have several tiles, and a rest, on every axis.
 _INTERPRETED: dict[str, Options] = {
-    "scores": _tile(16, 16, 16, 1, 1),
-    "sums": _tile(16, 16, 16, 1, 1, CHUNK=4),
-    "gradient": _tile(16, 16, 16, 1, 1, SLICE=16),
+    "scores": _tile(16, 16, 32, 1, 1),
+    "sums": _tile(16, 16, 32, 1, 1, CHUNK=4),
+    "gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
 }
 _INTERPRETED_PROCESSORS = 8
 
@@ -91,10 +93,10 @@ def choices(kind: str, architecture: str, itemsize: int) -> tuple[Options, ...]:
     return entry[older[-1] if older else "sm_80"]
 
 
-def lookup(kind: str, rows: torch.Tensor) -> Options:
-    """Options of a kernel over rows (N, width): with the smallest SLICE that holds the width, else the largest."""
-    found = choices(kind, architecture(rows.device), rows.dtype.itemsize)
-    return next((options for options in found if options.get("SLICE", rows.shape[1]) >= rows.shape[1]), found[-1])
+def lookup(kind: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Options:
+    """Options of a kernel over rows of this dtype: with the smallest SLICE that holds the width, else the largest."""
+    found = choices(kind, architecture(device), dtype.itemsize)
+    return next((options for options in found if options.get("SLICE", width) >= width), found[-1])
 
 
 def parts(device: torch.device, programs: int, tiles: int) -> int:

@@ -1,7 +1,8 @@
 """Tiles of a pair matrix S = X Y^T that is never stored, and functions of its elements: shared by all kernels.
 
-Rows are stored contiguously, (rows, width). Row numbers are int32, addresses int64. Accumulation is in the dtype of
-``scale``: float32, float64 for float64 rows. bfloat16 is widened right after a load, except for operands of tl.dot.
+Rows are stored one after the other, (rows, width), the width padded with zeros to a multiple of 16 so that loads are
+vectors. Row numbers are int32, addresses int64. Accumulation is in the dtype of ``scale``: float32, float64 for float64
+rows. bfloat16 is widened right after a load, except for operands of tl.dot.
 """
 
 import triton

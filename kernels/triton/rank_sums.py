@@ -7,7 +7,7 @@ of its row of S. Pair (q, i) is number first_q + i - start_q of P; i - start_q i
     rank_all[q, i] = rank_pos[q, i] + sum over negatives j of u(z_qj - z_qi)
 
 Negatives come from tiles of S in which positives are masked out; positives from a table of the P positive scores, so
-that j = i is exact. Backward, for upstream gradients a = d/d rank_all, b = d/d rank_pos, with w = a + b, u' = u (1 - u):
+that j = i is exact. Backward, for upstream gradients a = d/d rank_all, b = d/d rank_pos and w = a + b, u' = u (1 - u):
 
     tau dS_qi = sum over positives j of (w_qj - w_qi) u'(z_qj - z_qi) - a_qi sum over negatives j of u'(z_qj - z_qi)
     tau dS_qj = sum over positives i of a_qi u'(z_qj - z_qi)                                           for negatives j
@@ -48,7 +48,7 @@ def load_queries(row, start, size, first, EXCLUDE_SELF: tl.constexpr):
 
 @triton.jit
 def load_slot(table, pair, count, own, slot, other):
-    """Entries of a table of pairs: of a slot of each query, ``other`` where a query has no such slot or it is its own."""
+    """What a table of pairs holds for one slot of each query; ``other`` where there is none, or it is its own."""
     return tl.load(table + pair + slot, mask=(slot < count) & (slot != own), other=other)
 
 
@@ -167,7 +167,7 @@ def pair_gradient_kernel(
 
 @triton.jit
 def add_gradient(t, z, competitor, valid, scores, grad_all, grad_scores, begin, count, pair, own, AXIS: tl.constexpr):
-    """t + tau dS of the pairs in z: the queries are its rows (AXIS 1) or its columns (AXIS 0), competitors the others."""
+    """t + tau dS of the pairs in z, whose queries are its rows (AXIS 1) or its columns (AXIS 0)."""
     slot = competitor - tl.expand_dims(begin, AXIS)
     positive = (slot >= 0) & (slot < tl.expand_dims(count, AXIS))
     z = tl.where(valid & ~positive, z, -INF)

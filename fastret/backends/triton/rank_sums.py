@@ -2,7 +2,7 @@
 
 Nothing here waits for the device: launch grids follow from shapes alone, and CUDA graphs can capture every call. Memory
 beyond inputs and outputs: sorted rows in their own dtype, their gradients in the dtype of accumulation, two numbers a
-positive pair. Where sums are divided into parts, a copy of them for each part: at most BLOCK_M rows a multiprocessor.
+positive pair. Where sums are divided into parts, a copy of them for each: in all at most BLOCK_M rows a multiprocessor.
 """
 
 import math
@@ -18,13 +18,16 @@ from fastret.backends.segments import Segments
 from fastret.kernels.triton import config
 from fastret.kernels.triton import rank_sums as kernels
 
+ALIGNMENT = 16  # rows are padded with zeros to a multiple of this many features, which vector loads need
+
 
 @dataclass(frozen=True)
 class _Problem:
     """Everything sorted by class, and the table of positive scores.
 
     Attributes:
-        x, y: queries (N, D) and gallery (M, D); the same object where the gallery is the batch.
+        x, y: queries (N, D) and gallery (M, D), ``width`` apart; the same object where the gallery is the batch.
+        width: D and its padding.
         segments: start, size and first pair of each sorted query, (N,) int64 each.
         scale: log2(e) / temperature, 0-dim, in the dtype of accumulation: a kernel's float argument is float32.
         scores: (P,) scaled scores of the positive pairs.
@@ -33,6 +36,7 @@ class _Problem:
 
     x: PackedRows
     y: PackedRows
+    width: int
     segments: tuple[Tensor, Tensor, Tensor]
     scale: Tensor
     scores: Tensor
@@ -41,20 +45,20 @@ class _Problem:
     def score_positives(self) -> None:
         """Fills ``scores``."""
         x, y = self.x.rows, self.y.rows
-        options = config.lookup("scores", x)
+        options = config.lookup("scores", x.device, x.dtype)
         kernels.positive_scores_kernel[(triton.cdiv(len(x), options["BLOCK_M"]),)](
-            x, y, *self.segments, self.scale, self.scores, len(x), len(y), x.shape[1], **options
+            x, y, *self.segments, self.scale, self.scores, len(x), len(y), self.width, **options
         )
 
     def sums(self, kernel: Any, inputs: tuple[Tensor, ...], count: int) -> list[Tensor]:
         """``count`` tables (P,) that a kernel fills with sums over the gallery."""
         x, y, pairs = self.x.rows, self.y.rows, len(self.scores)
-        options = config.lookup("sums", x)
+        options = config.lookup("sums", x.device, x.dtype)
         blocks = triton.cdiv(len(x), options["BLOCK_M"])
         parts = config.parts(x.device, blocks, triton.cdiv(len(y), options["BLOCK_N"]))
         tables = [self.scores.new_empty(parts, pairs) for _ in range(count)]
         kernel[blocks, parts](
-            *(x, y, *self.segments, self.scale, self.scores, *inputs, *tables, len(x), len(y), x.shape[1], pairs),
+            *(x, y, *self.segments, self.scale, self.scores, *inputs, *tables, len(x), len(y), self.width, pairs),
             EXCLUDE_SELF=self.exclude_self,
             **options,
         )
@@ -63,41 +67,45 @@ class _Problem:
     def gradient(self, grad_all: Tensor, grad_scores: Tensor, *, of_x: bool, of_y: bool) -> Tensor:
         """Gradient of the packed rows of x, of y, or of both where they are the same."""
         u, v = (self.x.rows, self.y.rows) if of_x else (self.y.rows, self.x.rows)
-        n, m, width = len(u), len(v), u.shape[1]
-        options = config.lookup("gradient", u)
-        blocks, slices = triton.cdiv(n, options["BLOCK_M"]), triton.cdiv(width, options["SLICE"])
+        n, m = len(u), len(v)
+        options = config.lookup("gradient", u.device, u.dtype, self.width)
+        blocks, slices = triton.cdiv(n, options["BLOCK_M"]), triton.cdiv(self.width, options["SLICE"])
         parts = config.parts(u.device, blocks * slices, triton.cdiv(m, options["BLOCK_N"]))
-        du = self.scores.new_empty(parts, n, width)
+        du = self.scores.new_empty(parts, n, self.width)
         kernels.rank_gradient_kernel[blocks, slices, parts](
-            *(u, v, *self.segments, self.scale, self.scores, grad_all, grad_scores, du, n, m, width),
+            *(u, v, *self.segments, self.scale, self.scores, grad_all, grad_scores, du, n, m, self.width),
             ROWS=of_x,
             COLUMNS=of_y,
             EXCLUDE_SELF=self.exclude_self,
             **options,
         )
-        return _total(du)
+        return _total(du)[:, : u.shape[1]]
 
 
 def _total(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
-def _pack(x: Tensor, order: Tensor, normalize: bool) -> PackedRows:
-    """Sorted rows in the dtype of x, laid out row after row."""
+def _pack(x: Tensor, order: Tensor, normalize: bool, width: int) -> PackedRows:
+    """Sorted rows in the dtype of x, ``width`` apart, with zeros between them."""
     packed = pack_rows(x, order, normalize, x.dtype)
-    return PackedRows(packed.rows.contiguous(), packed.order, packed.norms)
+    padding = width - x.shape[1]
+    rows = torch.nn.functional.pad(packed.rows, (0, padding)) if padding else packed.rows
+    return PackedRows(rows.contiguous()[:, : x.shape[1]], packed.order, packed.norms)
 
 
 def _prepare(
     x: Tensor, y: Tensor | None, s: Segments, pairs: int, temperature: float, exclude_self: bool, normalize: bool
 ) -> _Problem:
     order = s.order if y is None else torch.argsort(s.start, stable=True)
-    queries = _pack(x, order, normalize)
-    gallery = queries if y is None else _pack(y, s.order, normalize)
+    width = triton.cdiv(x.shape[1], ALIGNMENT) * ALIGNMENT
+    queries = _pack(x, order, normalize, width)
+    gallery = queries if y is None else _pack(y, s.order, normalize, width)
     dtype = accumulation_dtype(x.dtype)
     problem = _Problem(
         queries,
         gallery,
+        width,
         (s.start[order], s.count[order], s.first_pair()[order]),
         torch.full((), math.log2(math.e) / temperature, dtype=dtype, device=x.device),
         torch.empty(pairs, dtype=dtype, device=x.device),
