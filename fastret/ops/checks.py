@@ -66,6 +66,36 @@ def check_count(value: int | None, name: str) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def check_vector(values: Tensor, rows: Tensor, name: str) -> None:
+    """One real number per row, on the device of the rows."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape ({rows.shape[0]},), got {type(values).__name__}")
+    if values.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating point dtype, got {values.dtype}")
+    if values.dim() != 1 or values.shape[0] != rows.shape[0]:
+        raise ValueError(f"{name}: expected shape ({rows.shape[0]},), got {tuple(values.shape)}")
+    if values.device != rows.device:
+        raise ValueError(f"{name}: expected device {rows.device} like the rows, got {values.device}")
+
+
+def wants_gradient(t: Tensor | None) -> bool:
+    """Whether a backward could ask for the gradient of t."""
+    return t is not None and torch.is_grad_enabled() and (t.requires_grad or _is_wrapped(t))
+
+
+def check_range(index: Tensor, size: int, name: str) -> None:
+    """Every value in [0, size); a device other than the CPU is not waited for but asserts."""
+    if torch.compiler.is_compiling() or _is_wrapped(index):
+        return
+    right = ((index >= 0) & (index < size)).all()
+    message = f"{name}: expected numbers from 0 to {size - 1}"
+    if index.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not right:
+        wrong = index[(index < 0) | (index >= size)]
+        raise ValueError(f"{message}, got {int(wrong[0])}")
+
+
 def _is_wrapped(t: Tensor) -> bool:
-    """Under torch.func a tensor's value cannot be read."""
+    """Under torch.func a tensor's value cannot be read, nor whether its gradient is wanted."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))

@@ -82,10 +82,8 @@ def masked_lse(
     chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
     flat = flatten(heads, accumulation_dtype(x.dtype))
     if chosen == "reference":
-        restored = _restored(flat)
-        _check_indices(restored, columns)
         return reference.masked_lse(
-            x, y, restored, normalize=normalize, first_column=first_column, columns=columns
+            x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
         )
     results = _MaskedLse.apply(
         x,
@@ -103,3 +101,215 @@ def masked_lse(
         chosen,
     )
     return [(results[2 * k], results[2 * k + 1]) for k in range(len(heads))]
+
+
+def checked(
+    x: Tensor, y: Tensor | None, heads: Sequence[Head], first_column: int, columns: int | None
+) -> tuple[Tensor, Tensor | None, int]:
+    """x and y in one dtype, and the number of columns of the whole matrix."""
+    checks.check_rows(x, "x")
+    if y is not None:
+        checks.check_rows(y, "y", like=x)
+        shared = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(shared), y.to(shared)
+    check_heads(heads, x, x if y is None else y)
+    if first_column < 0:
+        raise ValueError(f"first_column: expected at least 0, got {first_column}")
+    last = first_column + (x if y is None else y).shape[0]
+    if columns is not None and columns < last:
+        raise ValueError(f"columns: expected at least first_column + M = {last}, got {columns}")
+    return x, y, last if columns is None else columns
+
+
+def restored(flat: FlatHeads, columns: int) -> list[Head]:
+    """Heads as implementations get them, the values of their indices checked."""
+    heads = restore(
+        flat.spec, flat.scale, flat.row_bias, flat.column_bias, flat.tensors, flat.numbers, flat.factors
+    )
+    for k, head in enumerate(heads):
+        if isinstance(head.target, Indexed):
+            index = head.target.index
+            checks.check_range(index, columns, f"heads[{k}].target.index")
+    return heads
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor | None,
+    row_bias: Tensor | None,
+    column_bias: Tensor | None,
+    tensors: list[Tensor],
+    numbers: list[int],
+    factors: list[float],
+    spec: str,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    impl: str,
+) -> list[Tensor]:
+    heads = restored(FlatHeads(spec, scale, row_bias, column_bias, tensors, numbers, factors), columns)
+    module = registry.IMPLEMENTATIONS[impl].module("masked_lse")
+    results = module.forward(x, y, heads, normalize=normalize, first_column=first_column, columns=columns)
+    return [t for pair in results for t in pair]
+
+
+def _forward_fake(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor | None,
+    row_bias: Tensor | None,
+    column_bias: Tensor | None,
+    tensors: list[Tensor],
+    numbers: list[int],
+    factors: list[float],
+    spec: str,
+    *_: Any,
+) -> list[Tensor]:
+    sizes = {"row": x.shape[0], "column": (x if y is None else y).shape[0]}
+    return [x.new_empty(sizes[axis], dtype=accumulation_dtype(x.dtype)) for axis in axes(spec) for _ in range(2)]
+
+
+def _backward(
+    grads: list[Tensor],
+    lses: list[Tensor],
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor | None,
+    row_bias: Tensor | None,
+    column_bias: Tensor | None,
+    tensors: list[Tensor],
+    numbers: list[int],
+    factors: list[float],
+    spec: str,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    impl: str,
+    need: list[bool],
+) -> list[Tensor]:
+    heads = restore(spec, scale, row_bias, column_bias, tensors, numbers, factors)
+    module = registry.IMPLEMENTATIONS[impl].module("masked_lse")
+    pairs = list(zip(grads[::2], grads[1::2], strict=True))
+    options = {"normalize": normalize, "first_column": first_column, "columns": columns}
+    return flat_gradients(module.backward(pairs, x, y, heads, lses, **options, need=Need(*need)), x)
+
+
+def flat_gradients(gradients: Gradients, x: Tensor) -> list[Tensor]:
+    """Gradients of x, y, scale (K,), row_bias (K', N), column_bias (K'', M); an empty tensor where not wanted."""
+
+    def stacked(values: list[Tensor | None]) -> Tensor:
+        given = [v for v in values if v is not None]
+        return torch.stack(given) if given else x.new_empty(0)
+
+    sides = [x.new_empty(0) if side is None else side for side in gradients[:2]]
+    return [*sides, stacked(gradients.scale), stacked(gradients.row_bias), stacked(gradients.column_bias)]
+
+
+def _backward_fake(
+    grads: list[Tensor],
+    lses: list[Tensor],
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor | None,
+    row_bias: Tensor | None,
+    column_bias: Tensor | None,
+    tensors: list[Tensor],
+    numbers: list[int],
+    factors: list[float],
+    spec: str,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    impl: str,
+    need: list[bool],
+) -> list[Tensor]:
+    return [
+        x.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
+        for t, wanted in zip((x, y, scale, row_bias, column_bias), need, strict=True)
+    ]
+
+
+_PROBLEM = (
+    "Tensor x, Tensor? y, Tensor? scale, Tensor? row_bias, Tensor? column_bias, Tensor[] tensors, SymInt[] numbers, "
+    "float[] factors, str spec, bool normalize, SymInt first_column, SymInt columns, str impl"
+)
+define(f"masked_lse({_PROBLEM}) -> Tensor[]", _forward, _forward_fake)
+define(
+    f"masked_lse_backward(Tensor[] grads, Tensor[] lses, {_PROBLEM}, bool[] need) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+_forward_operator = torch.ops.fastret.masked_lse.default
+_backward_operator = torch.ops.fastret.masked_lse_backward.default
+
+
+class _MaskedLse(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        y: Tensor | None,
+        scale: Tensor | None,
+        row_bias: Tensor | None,
+        column_bias: Tensor | None,
+        tensors: list[Tensor],
+        numbers: list[int],
+        factors: list[float],
+        spec: str,
+        normalize: bool,
+        first_column: int,
+        columns: int,
+        impl: str,
+    ) -> tuple[Tensor, ...]:
+        return tuple(
+            _forward_operator(
+                x,
+                y,
+                scale,
+                row_bias,
+                column_bias,
+                tensors,
+                numbers,
+                factors,
+                spec,
+                normalize,
+                first_column,
+                columns,
+                impl,
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, y, scale, row_bias, column_bias, tensors, *ctx.options = inputs
+        ctx.heads = len(output) // 2
+        ctx.save_for_backward(x, y, scale, row_bias, column_bias, *output[::2], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, row_bias, column_bias, *rest = ctx.saved_tensors
+        lses, tensors = rest[: ctx.heads], rest[ctx.heads :]
+        need = list(ctx.needs_input_grad[:5])
+        # dynamo traces no Function inside a Function's backward; a compiled graph is not differentiated twice anyway
+        compute = _backward_operator if torch.compiler.is_compiling() else _MaskedLseBackward.apply
+        gradients = compute(
+            list(grads), lses, x, y, scale, row_bias, column_bias, tensors, *ctx.options, need
+        )
+        return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *[None] * 8
+
+
+class _MaskedLseBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return tuple(_backward_operator(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = refuse("masked_lse", "a second differentiation")
