@@ -32,16 +32,18 @@ struct SweepPlan {
   int64_t piece = 0, col_block = 0;
 };
 
-// The block stays in a last-level cache. Below 64 rows, products of a piece are too thin and multiplying twice is faster.
+constexpr int64_t kSweepPiece = 256;  // most rows of a piece
+
+// The block stays in a last-level cache. Below 64 rows, or 32 a thread, products are too thin: twice is faster then.
 inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t item_bytes, int threads) {
   constexpr int64_t kBlockBytes = 12 << 20;
   const int64_t t = std::max(1, threads), cols = plan(n, m, false, threads).col_block;
-  const int64_t row_bytes = std::max<int64_t>(1, (m + cols - 1) / cols * cols) * item_bytes;
+  const int64_t row_bytes = std::max<int64_t>(1, (m + cols - 1) / cols) * cols * item_bytes;
   const int64_t fit = kBlockBytes / row_bytes;
-  if (fit < std::min<int64_t>(n, 64)) return {};
+  if (fit < std::min(n, std::max<int64_t>(64, 32 * t))) return {};
   const int64_t each = std::min((n + t - 1) / t, fit / t);  // rows of a thread in one block
-  const int64_t piece = std::clamp<int64_t>(each / 32 * 32, 32, 256);
-  return {std::max<int64_t>(1, std::min(n, fit) / piece) * piece <= fit ? std::max<int64_t>(1, std::min(n, fit) / piece) * piece : fit, piece, cols};
+  const int64_t piece = std::clamp<int64_t>(each / 32 * 32, 32, kSweepPiece);
+  return {std::min(n, std::max<int64_t>(1, fit / piece) * piece), piece, cols};
 }
 
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two

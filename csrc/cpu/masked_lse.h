@@ -72,14 +72,16 @@ void masked_lse_backward(const MaskedLseProblem&, const std::vector<LseUpstream>
 void masked_lse_sweep(const MaskedLseProblem&, const Array& weight, const LseResult&, const Array& dx, const Array& dy,
                       const LseGradient&);
 
-// What the kernels work on. Pointers of the accumulation type.
+// A head on its way through the kernels. Vectors of the accumulation type, one entry a row or a column, padded by zeros
+// to whole vectors past the last tile, so that no loop over a tile's columns has a tail; null where there is none.
 struct LseHeadWork {
   const LseHead* head = nullptr;
-  void *lse = nullptr, *t = nullptr;  // forward: the results, lse holding the running maximum until the end
-  void* sum = nullptr;                // forward: sum of exp(l - maximum); backward: lse, +inf where it is -inf
-  const void *grad_lse = nullptr, *grad_t = nullptr;
+  const void *row_bias = nullptr, *col_bias = nullptr;
+  void *peak = nullptr, *sum = nullptr, *t = nullptr;  // forward: running maximum, sum of exp(l - peak), sum of Y l
+  // backward: lse and its gradient, (+inf, 0) where nothing was allowed; gradient of t
+  const void *lse = nullptr, *grad_lse = nullptr, *grad_t = nullptr;
   void* scale_rows = nullptr;  // (N) sum over j of dL/dl_ij s_ij, or not wanted
-  void *row_bias = nullptr, *col_bias = nullptr;  // gradients, or not wanted
+  void *grad_row_bias = nullptr, *grad_col_bias = nullptr;  // or not wanted
 };
 
 struct MaskedLseWork {
