@@ -80,7 +80,9 @@ def check_vector(values: Tensor, rows: Tensor, name: str) -> None:
 
 def wants_gradient(t: Tensor | None) -> bool:
     """Whether a backward could ask for the gradient of t."""
-    return t is not None and torch.is_grad_enabled() and (t.requires_grad or _is_wrapped(t))
+    if t is None or not torch.is_grad_enabled():
+        return False
+    return t.requires_grad or (not torch.compiler.is_compiling() and _is_wrapped(t))
 
 
 def check_range(index: Tensor, size: int, name: str) -> None:

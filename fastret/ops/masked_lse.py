@@ -46,7 +46,7 @@ from fastret.backends.reference import masked_lse as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
 from fastret.ops.heads import FlatHeads, axes, check_heads, flatten, restore
-from fastret.ops.library import define, refuse
+from fastret.ops.library import define, loop_under_vmap, refuse
 
 
 def masked_lse(
@@ -240,6 +240,9 @@ define(
     _backward,
     _backward_fake,
 )
+
+loop_under_vmap("masked_lse")
+loop_under_vmap("masked_lse_backward")
 
 _forward_operator = torch.ops.fastret.masked_lse.default
 _backward_operator = torch.ops.fastret.masked_lse_backward.default

@@ -18,7 +18,7 @@ from fastret.backends.reference import masked_lse as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
 from fastret.ops.heads import FlatHeads, flatten
-from fastret.ops.library import define, refuse
+from fastret.ops.library import define, loop_under_vmap, refuse
 from fastret.ops.masked_lse import checked, flat_gradients, restored
 
 
@@ -147,6 +147,8 @@ define(
     _forward,
     _forward_fake,
 )
+
+loop_under_vmap("masked_lse_sum")
 
 _operator = torch.ops.fastret.masked_lse_sum.default
 
