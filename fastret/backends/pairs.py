@@ -139,7 +139,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Circulant:
-    """Y_ij = sum over d of weights_d [j = offset + (i + shift_d) mod period]: K (shift, weight) pairs, as PatchMix has."""
+    """Y_ij = sum over d of weights_d [j = offset + (i + shift_d) mod period], as PatchMix has them."""
 
     shifts: tuple[int, ...]
     weights: tuple[float, ...]

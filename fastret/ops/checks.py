@@ -39,6 +39,17 @@ def check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected device {rows.device} like the rows, got {labels.device}")
 
 
+def check_labelled(embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None) -> None:
+    """The arguments of a loss over labelled rows, alone or against a gallery."""
+    check_rows(embeddings, "embeddings")
+    check_labels(labels, embeddings, "labels")
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_emb, ref_labels: expected both or neither")
+    if ref_emb is not None and ref_labels is not None:
+        check_rows(ref_emb, "ref_emb", like=embeddings)
+        check_labels(ref_labels, ref_emb, "ref_labels")
+
+
 def check_positive(value: float | Tensor, name: str) -> None:
     """A number > 0, or a 0-dim floating point tensor whose value is checked where it is on the CPU."""
     if isinstance(value, Tensor):

@@ -30,8 +30,9 @@ The interface of an implementation, ``fastret.backends.*.masked_lse`` (types in 
   both sides. A gradient has the dtype of its rows, scale and biases that of accumulation.
 - NaN or infinity anywhere in x or y makes every result NaN. A row without an allowed pair contributes nothing through
   g, whatever g is. Masks by threshold must come out alike in both directions.
-- sweep: sum of row_weight_i (lse_i - t_i) over the rows of a row head, and its gradients in the accumulation dtype, from
-  one product; a row of weight 0 counts nothing, also where its lse is -inf. Without it, forward and backward are used.
+- sweep: sum of row_weight_i (lse_i - t_i) over the rows of a row head, and its gradients in the accumulation dtype,
+  from one product; a row of weight 0 counts nothing, also where its lse is -inf. Without it, forward and backward are
+  used.
 """
 
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def masked_lse(
         heads: what is summed, under which mask and against which target; they share one product of rows.
         normalize: cosine scores; False: raw dot products.
         first_column: y is a piece of a larger matrix and its first row has this number there. Pieces merge:
-            ``torch.logaddexp`` of their lse, sum of their t (of row heads; those of column heads are of the piece alone).
+            ``torch.logaddexp`` of their lse, sum of their t (of row heads; those of column heads stand as they are).
         columns: number of columns of the whole matrix; None: first_column + M.
         impl: "reference", "tiled", "cpu" or "triton"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
 
@@ -123,9 +124,7 @@ def checked(
 
 def restored(flat: FlatHeads, columns: int) -> list[Head]:
     """Heads as implementations get them, the values of their indices checked."""
-    heads = restore(
-        flat.spec, flat.scale, flat.row_bias, flat.column_bias, flat.tensors, flat.numbers, flat.factors
-    )
+    heads = restore(flat.spec, flat.scale, flat.row_bias, flat.column_bias, flat.tensors, flat.numbers, flat.factors)
     for k, head in enumerate(heads):
         if isinstance(head.target, Indexed):
             index = head.target.index
@@ -298,9 +297,7 @@ class _MaskedLse(torch.autograd.Function):
         need = list(ctx.needs_input_grad[:5])
         # dynamo traces no Function inside a Function's backward; a compiled graph is not differentiated twice anyway
         compute = _backward_operator if torch.compiler.is_compiling() else _MaskedLseBackward.apply
-        gradients = compute(
-            list(grads), lses, x, y, scale, row_bias, column_bias, tensors, *ctx.options, need
-        )
+        gradients = compute(list(grads), lses, x, y, scale, row_bias, column_bias, tensors, *ctx.options, need)
         return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *[None] * 8
 
 

@@ -52,8 +52,9 @@ def masked_lse_sum(
     chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
     flat = flatten((head,), wide)
     if chosen == "reference":
-        options = {"normalize": normalize, "first_column": first_column, "columns": columns}
-        ((lse, t),) = reference.masked_lse(x, y, restored(flat, columns), **options)
+        ((lse, t),) = reference.masked_lse(
+            x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
+        )
         return weighted_sum(lse, t, row_weight)
     need = [checks.wants_gradient(t) for t in (x, y, flat.scale, flat.row_bias, flat.column_bias)]
     result, *_ = _MaskedLseSum.apply(
@@ -198,32 +199,33 @@ class _MaskedLseSum(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *gradients = output
         ctx.need = inputs[-1]
-        ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
         ctx.mark_non_differentiable(*gradients)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, *inputs[:5])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        scaled = _scaled if torch.compiler.is_compiling() else _Scaled.apply
-        gradients = [
-            scaled(g, grad, dtype) if wanted else None
-            for g, wanted, dtype in zip(ctx.saved_tensors, ctx.need, ctx.dtypes, strict=True)
-        ]
-        return *gradients, *[None] * 10
-
-
-def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    return (gradient * upstream).to(dtype)
+        gradients, inputs = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        compiling = torch.compiler.is_compiling()
+        results: list[Tensor | None] = []
+        for gradient, given, wanted in zip(gradients, inputs, ctx.need, strict=True):
+            if not wanted:
+                results.append(None)
+            elif compiling:
+                results.append((gradient * grad).to(given.dtype))
+            else:
+                results.append(_Scaled.apply(gradient, grad, given.dtype, *inputs))
+        return *results, *[None] * 10
 
 
 class _Scaled(torch.autograd.Function):
-    """The saved gradient is a constant to autograd: differentiated again it would be silently wrong."""
+    """The saved gradients are constants to autograd; this ties them to what they depend on, so that differentiating
+    them again is an error rather than silently zero."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-        return _scaled(gradient, upstream, dtype)
+    def forward(gradient: Tensor, upstream: Tensor, dtype: torch.dtype, *_: Tensor | None) -> Tensor:
+        return (gradient * upstream).to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

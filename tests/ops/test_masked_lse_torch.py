@@ -78,13 +78,19 @@ def test_one_sweep_is_the_weighted_sum(impl: str, normalize: bool, gallery: bool
 def test_one_sweep_keeps_gradients_in_the_accumulation_dtype(impl: str) -> None:
     x = torch.randn(32, 8, dtype=torch.bfloat16, requires_grad=True)
     head, saved = Head(10.0, target=Shifted(1, 32)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() != x.data_ptr():
+            saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = masked_lse_sum(x, head=head, row_weight=torch.full((32,), 1 / 32), impl=impl)
     assert {t.dtype for t in saved} == {torch.float32}
     assert sum(t.numel() for t in saved) == x.numel()
     (loss * 1e-30 * 1e30).backward()
     assert x.grad.dtype == torch.bfloat16
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         saved.clear()
         masked_lse_sum(x.detach(), head=head, row_weight=torch.ones(32), impl=impl)
     assert not saved
@@ -93,12 +99,8 @@ def test_one_sweep_keeps_gradients_in_the_accumulation_dtype(impl: str) -> None:
 @pytest.mark.parametrize("impl", FUSED)
 def test_detached_keys_cost_nothing(impl: str) -> None:
     x, y, *_ = leaves()
-    operator, seen = torch.ops.fastret.masked_lse_sum.default, []
     masked = masked_lse_sum(x, y.detach(), head=Head(3.0), row_weight=torch.ones(N, dtype=F64), impl=impl)
-    for saved in masked.grad_fn.saved_tensors:
-        seen.append(saved.numel())
-    assert seen == [x.numel(), 0, 0, 0, 0]
-    assert operator is not None
+    assert [saved.numel() for saved in masked.grad_fn.saved_tensors[:5]] == [x.numel(), 0, 0, 0, 0]
     torch.testing.assert_close(
         torch.autograd.grad(masked, x),
         torch.autograd.grad(
