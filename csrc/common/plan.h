@@ -40,7 +40,7 @@ inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t item_bytes, int thread
   const int64_t t = std::max(1, threads), cols = plan(n, m, false, threads).col_block;
   const int64_t row_bytes = std::max<int64_t>(1, (m + cols - 1) / cols) * cols * item_bytes;
   const int64_t fit = kBlockBytes / row_bytes;
-  if (fit < std::min(n, std::max<int64_t>(64, 32 * t))) return {};
+  if (n == 0 || m == 0 || fit < std::min(n, std::max<int64_t>(64, 32 * t))) return {};
   const int64_t each = std::min((n + t - 1) / t, fit / t);  // rows of a thread in one block
   const int64_t piece = std::clamp<int64_t>(each / 32 * 32, 32, kSweepPiece);
   return {std::min(n, std::max<int64_t>(1, fit / piece) * piece), piece, cols};
