@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from fastret.backends.cpu.array import ArrayTuple
 
 _Relation = tuple[ArrayTuple, ArrayTuple] | None
@@ -67,7 +69,7 @@ def masked_lse_backward(
     normalize: bool,
     first_column: int,
     threads: int,
-    upstream: list[tuple[ArrayTuple, ArrayTuple | None, ArrayTuple | None]],
+    upstream: Sequence[tuple[ArrayTuple, ArrayTuple | None, ArrayTuple | None]],
     dx: ArrayTuple | None,
     dy: ArrayTuple | None,
     gradients: list[ParameterTuple],

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any, TypedDict
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from fastret.backends.reference import masked_lse as reference
 assert cpu.missing() is None
 F64 = torch.float64
 LEARNED = ("scale", "row_bias", "column_bias")
+
+
+class Options(TypedDict):
+    normalize: bool
+    first_column: int
+    columns: int
 
 
 @pytest.fixture(autouse=True)
@@ -61,13 +68,17 @@ TARGETS: dict[str, Callable[[int, int], Target | None]] = {
 
 
 def example(
-    n: int, m: int | None, d: int, mask: str = "any", target: str = "index", dtype: torch.dtype = F64, **other: object
+    n: int, m: int | None, d: int, mask: str = "any", target: str = "index", dtype: torch.dtype = F64, **other: Any
 ) -> tuple[Tensor, Tensor | None, Head]:
     """Rows, columns and a head with every learned parameter, all exact in ``dtype``."""
     x, y = normal(n, d, seed=7).to(dtype), None if m is None else normal(m, d, seed=8).to(dtype)
     m = n if m is None else m
-    biases = {"row_bias": normal(n, seed=9), "column_bias": normal(m, seed=10), "scale": torch.tensor(7.0, dtype=F64)}
-    return x, y, Head(mask=MASKS[mask](n, m), target=TARGETS[target](n, m), **biases | other)  # type: ignore[arg-type]
+    biases: dict[str, Any] = {
+        "row_bias": normal(n, seed=9),
+        "column_bias": normal(m, seed=10),
+        "scale": torch.tensor(7.0, dtype=F64),
+    }
+    return x, y, Head(mask=MASKS[mask](n, m), target=TARGETS[target](n, m), **biases | other)
 
 
 def cast(head: Head, dtype: torch.dtype) -> Head:
@@ -81,12 +92,12 @@ def cast(head: Head, dtype: torch.dtype) -> Head:
         target = Masked(mask(target.mask), target.weight.to(dtype))
     elif isinstance(target, Dense):
         target = Dense(target.weights.to(dtype))
-    learned = {k: v.to(dtype) for k in LEARNED if isinstance(v := getattr(head, k), Tensor)}
+    learned: dict[str, Any] = {k: v.to(dtype) for k in LEARNED if isinstance(v := getattr(head, k), Tensor)}
     return replace(head, mask=mask(head.mask), target=target, **learned)
 
 
 def expected(
-    x: Tensor, y: Tensor | None, heads: Sequence[Head], grads: Sequence[tuple[Tensor, Tensor]], **options: object
+    x: Tensor, y: Tensor | None, heads: Sequence[Head], grads: Sequence[tuple[Tensor, Tensor]], options: Options
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The definition in float64: results, and gradients of x, y and each head's scale, row bias and column bias."""
 
@@ -94,13 +105,14 @@ def expected(
         return t.detach().to(F64, copy=True).requires_grad_()
 
     x, y = leaf(x), None if y is None else leaf(y)
-    leaves = [{k: leaf(v) for k in LEARNED if isinstance(v := getattr(h, k), Tensor)} for h in heads]
+    leaves: list[dict[str, Any]] = [
+        {k: leaf(v) for k in LEARNED if isinstance(v := getattr(h, k), Tensor)} for h in heads
+    ]
     heads = [replace(cast(h, F64), **learned) for h, learned in zip(heads, leaves, strict=True)]
-    results = reference.masked_lse(x, y, heads, **options)  # type: ignore[arg-type]
-    total = sum(
-        (torch.where(lse.isinf(), 0, lse) * g).sum() + (t * h).sum()
-        for (lse, t), (g, h) in zip(results, grads, strict=True)
-    )
+    results = reference.masked_lse(x, y, heads, **options)
+    total = torch.zeros((), dtype=F64)
+    for (lse, t), (g, h) in zip(results, grads, strict=True):
+        total = total + (torch.where(lse.isinf(), 0, lse) * g).sum() + (t * h).sum()
     wanted = [x, *([] if y is None else [y]), *(v for learned in leaves for v in learned.values())]
     gradients = torch.autograd.grad(total, wanted, allow_unused=True)
     flat = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)]
@@ -125,7 +137,7 @@ def check(
 ) -> None:
     """Values and all gradients; those of the one-sweep form too where there is one head over rows."""
     m = len(x if y is None else y)
-    options = {"normalize": normalize, "first_column": first_column, "columns": columns or first_column + m}
+    options = Options(normalize=normalize, first_column=first_column, columns=columns or first_column + m)
     wide = F64 if x.dtype == F64 else torch.float32
     own = [cast(h, wide) for h in heads]
     need = Need(True, y is not None, True, True, True)
@@ -137,21 +149,21 @@ def check(
 
     lengths = [len(x) if h.axis == "row" else m for h in heads]
     grads = [(normal(n, seed=11), normal(n, seed=12)) for n in lengths]
-    values, gradients = expected(x, y, heads, grads, **options)
-    results = kernels.forward(x, y, own, **options)  # type: ignore[arg-type]
+    values, gradients = expected(x, y, heads, grads, options)
+    results = kernels.forward(x, y, own, **options)
     close([r for pair in results for r in pair], values)
     given = [(g.to(wide), h.to(wide)) for g, h in grads]
     lses = [lse for lse, _ in results]
     rounding = torch.finfo(x.dtype).eps if x.dtype in (torch.bfloat16, torch.float16) else 0.0
-    actual = kernels.backward(given, x, y, own, lses, need=need, **options)  # type: ignore[arg-type]
+    actual = kernels.backward(given, x, y, own, lses, need=need, **options)
     assert actual.x is not None
     assert actual.x.dtype == x.dtype
     close(listed(actual), gradients, rounding)
     if len(heads) > 1 or heads[0].axis == "column":
         return
     weight = torch.where(values[0].isinf(), 0, grads[0][0])
-    _, gradients = expected(x, y, heads, [(weight, -weight)], **options)
-    value, swept = kernels.sweep(x, y, own[0], weight.to(wide), need=need, **options)  # type: ignore[arg-type]
+    _, gradients = expected(x, y, heads, [(weight, -weight)], options)
+    value, swept = kernels.sweep(x, y, own[0], weight.to(wide), need=need, **options)
     assert swept.x is not None
     assert swept.x.dtype == wide
     close([value], [torch.where(weight == 0, 0, weight * (values[0] - values[1])).sum()])
@@ -200,7 +212,9 @@ def test_odd_sizes(n: int, m: int | None, d: int) -> None:
 @pytest.mark.parametrize("gallery", [None, 70])
 def test_three_heads_share_a_product(gallery: int | None) -> None:
     x, y, first = example(61, gallery, 12, "same", "none")
-    second = replace(first, mask=MASKS["different"](61, gallery or 61), scale=-5.0, target=TARGETS["dense"](61, gallery or 61))
+    second = replace(
+        first, mask=MASKS["different"](61, gallery or 61), scale=-5.0, target=TARGETS["dense"](61, gallery or 61)
+    )
     check(x, y, [first, second, replace(second, axis="column", smoothing=0.25)], 1e-12)
 
 
@@ -232,7 +246,7 @@ def test_strided_rows(dtype: torch.dtype) -> None:
         check(x[::2, 3:20], y[:, ::2][:, :17], [replace(head, **_rows(head, 61))], BOUNDS[dtype], normalize=normalize)
 
 
-def _rows(head: Head, n: int) -> dict[str, object]:
+def _rows(head: Head, n: int) -> dict[str, Any]:
     assert head.row_bias is not None
     assert isinstance(head.target, Indexed)
     return {"row_bias": head.row_bias[:n:2].contiguous(), "target": Indexed(head.target.index[::2].contiguous())}
@@ -242,18 +256,18 @@ def _rows(head: Head, n: int) -> dict[str, object]:
 def test_gradients_one_by_one(gallery: int | None) -> None:
     """Each wanted alone equals, bit for bit, the same among all; what is not wanted is not there."""
     x, y, head = example(61, gallery, 12)
-    options = {"normalize": True, "first_column": 0, "columns": gallery or 61}
-    lse, _ = kernels.forward(x, y, [head], **options)[0]  # type: ignore[arg-type]
+    options = Options(normalize=True, first_column=0, columns=gallery or 61)
+    lse, _ = kernels.forward(x, y, [head], **options)[0]
     g, h = normal(61, seed=3), normal(61, seed=4)
 
     def both(need: Need) -> list[Gradients]:
         return [
-            kernels.backward([(g, h)], x, y, [head], [lse], need=need, **options),  # type: ignore[arg-type]
-            kernels.sweep(x, y, head, g, need=need, **options)[1],  # type: ignore[arg-type]
+            kernels.backward([(g, h)], x, y, [head], [lse], need=need, **options),
+            kernels.sweep(x, y, head, g, need=need, **options)[1],
         ]
 
-    def entry(gradients: Gradients, k: int) -> Tensor | None:
-        return gradients[k] if k < 2 else gradients[k][0]  # type: ignore[index,return-value]
+    def entry(g: Gradients, k: int) -> Tensor | None:
+        return (g.x, g.y, g.scale[0], g.row_bias[0], g.column_bias[0])[k]
 
     everything = both(Need(True, y is not None, True, True, True))
     for k in range(5):
@@ -269,14 +283,16 @@ def test_gradients_one_by_one(gallery: int | None) -> None:
 @pytest.mark.parametrize("columns", [33, 257])
 def test_extreme_logits_stay_finite(scale: float, dtype: torch.dtype, columns: int) -> None:
     x, y, head = example(40, columns, 8, dtype=dtype, scale=torch.tensor(scale, dtype=F64))
-    head = cast(replace(head, row_bias=head.row_bias * 1e3, column_bias=head.column_bias * 1e3), dtype)  # type: ignore[operator]
-    options = {"normalize": True, "first_column": 0, "columns": columns}
+    assert head.row_bias is not None
+    assert head.column_bias is not None
+    head = cast(replace(head, row_bias=head.row_bias * 1e3, column_bias=head.column_bias * 1e3), dtype)
+    options = Options(normalize=True, first_column=0, columns=columns)
     need = Need(True, True, True, True, True)
     heads = [head, replace(head, axis="column")]
-    results = kernels.forward(x, y, heads, **options)  # type: ignore[arg-type]
+    results = kernels.forward(x, y, heads, **options)
     ones = [(torch.ones_like(lse), -torch.ones_like(t)) for lse, t in results]
-    gradients = kernels.backward(ones, x, y, heads, [lse for lse, _ in results], need=need, **options)  # type: ignore[arg-type]
-    value, swept = kernels.sweep(x, y, head, torch.ones(40, dtype=dtype), need=need, **options)  # type: ignore[arg-type]
+    gradients = kernels.backward(ones, x, y, heads, [lse for lse, _ in results], need=need, **options)
+    value, swept = kernels.sweep(x, y, head, torch.ones(40, dtype=dtype), need=need, **options)
     everything = [value, *(t for pair in results for t in pair), *listed(gradients), *listed(swept)]
     assert all(t.isfinite().all() for t in everything)
     check(x, y, heads, 2e-4 if dtype == torch.float32 else 1e-9)
@@ -298,18 +314,19 @@ def test_nan_and_infinity_are_never_hidden(bad: float, normalize: bool, side: st
     assert y is not None
     (x if side == "x" else y)[3, 2] = bad
     head = cast(head, torch.float32)
-    options = {"normalize": normalize, "first_column": 0, "columns": 50}
-    for lse, t in kernels.forward(x, y, [head, replace(head, axis="column")], **options):  # type: ignore[arg-type]
+    options = Options(normalize=normalize, first_column=0, columns=50)
+    for lse, t in kernels.forward(x, y, [head, replace(head, axis="column")], **options):
         assert lse.isnan().all()
         assert t.isnan().all()
     weight, need = torch.ones(40), Need(True, True, False, False, False)
-    assert kernels.sweep(x, y, head, weight, need=need, **options)[0].isnan()  # type: ignore[arg-type]
+    assert kernels.sweep(x, y, head, weight, need=need, **options)[0].isnan()
 
 
 @pytest.mark.parametrize("where", ["scale", "row_bias", "column_bias"])
 def test_nan_parameters_show(where: str) -> None:
     x, y, head = example(40, 50, 8)
-    head = replace(head, **{where: torch.full_like(getattr(head, where), float("nan"))})
+    bad: dict[str, Any] = {where: torch.full_like(getattr(head, where), float("nan"))}
+    head = replace(head, **bad)
     for axis in ("row", "column"):
         results = kernels.forward(x, y, [replace(head, axis=axis)], normalize=True, first_column=0, columns=50)
         assert results[0][0].isnan().all()
@@ -319,14 +336,14 @@ def test_runs_are_equal_bit_for_bit() -> None:
     torch.set_num_threads(2)
     x, y, head = example(600, 700, 24, dtype=torch.float32)
     heads = [cast(head, torch.float32), cast(replace(head, axis="column"), torch.float32)]
-    options = {"normalize": True, "first_column": 0, "columns": 700}
+    options = Options(normalize=True, first_column=0, columns=700)
     need = Need(True, True, True, True, True)
 
     def run() -> list[Tensor]:
-        results = kernels.forward(x, y, heads, **options)  # type: ignore[arg-type]
+        results = kernels.forward(x, y, heads, **options)
         lses = [lse for lse, _ in results]
-        gradients = kernels.backward(results, x, y, heads, lses, need=need, **options)  # type: ignore[arg-type]
-        value, swept = kernels.sweep(x, y, heads[0], lses[0], need=need, **options)  # type: ignore[arg-type]
+        gradients = kernels.backward(results, x, y, heads, lses, need=need, **options)
+        value, swept = kernels.sweep(x, y, heads[0], lses[0], need=need, **options)
         return [value, *(t for pair in results for t in pair), *listed(gradients), *listed(swept)]
 
     first = run()
@@ -426,13 +443,13 @@ def test_nothing_is_touched_through_a_wrong_description(what: str, position: int
 
 def test_heads_that_do_not_fit_the_call() -> None:
     x, y, head = example(40, 50, 8)
+    assert y is not None
     with pytest.raises(ValueError, match="heads: expected at least one"):
         _C.masked_lse_forward(array(x), None, [], True, 0, 1, [])
     described = kernels._head(head, 50)
     with pytest.raises(ValueError, match="results: expected one a head"):
-        _C.masked_lse_forward(array(x), array(y), [described], True, 0, 1, [])  # type: ignore[arg-type]
+        _C.masked_lse_forward(array(x), array(y), [described], True, 0, 1, [])
+    column, weight = replace(head, axis="column"), torch.ones(40, dtype=F64)
+    options, need = Options(normalize=True, first_column=0, columns=50), Need(True, True, False, False, False)
     with pytest.raises(ValueError, match="one sweep serves one head over rows"):
-        need = Need(True, True, False, False, False)
-        kernels.sweep(
-            x, y, replace(head, axis="column"), torch.ones(40, dtype=F64), normalize=True, first_column=0, columns=50, need=need
-        )
+        kernels.sweep(x, y, column, weight, need=need, **options)

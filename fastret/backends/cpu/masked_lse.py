@@ -11,6 +11,7 @@ from fastret.backends.cpu.array import ArrayTuple, array, rows_of
 from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
 from fastret.backends.rows import accumulation_dtype
 
+_Prefixes = list[tuple[int | None, Tensor | None]]  # gradients of so many features
 _Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]  # of scale, row bias, column bias
 
 _NO_MASK: "_C.MaskTuple" = (None, None, None, None, 0, None, None)
@@ -103,19 +104,21 @@ def backward(
     grads = [(g.contiguous(), h.contiguous()) for g, h in grads]
     lses = [lse.contiguous() for lse in lses]
     parameters = [_parameter_gradients(h, need) for h in heads]
-    sides: list[tuple[int | None, list[Tensor | None]]] = []
+    whole = all(h.width is None for h in heads)  # else sums of several widths, rounded once
+    dxs: _Prefixes = []
+    dys: _Prefixes = []
     for width, places in _by_width(heads):
         rows, others = rows_of(x[:, :width]), _width_of(y, width)
-        dx, dy = _side_gradients(rows, others, need, x.dtype if width is None else accumulation_dtype(x.dtype))
+        dx, dy = _side_gradients(rows, others, need, x.dtype if whole else accumulation_dtype(x.dtype))
         described = [_head(heads[k], columns) for k in places]
         upstream = [(array(lses[k]), array(grads[k][0]), array(grads[k][1])) for k in places]
         outputs = [_arrays(parameters[k]) for k in places]
         problem = (array(rows), _array(others), described, normalize, first_column, torch.get_num_threads())
         _C.masked_lse_backward(*problem, upstream, _array(dx), _array(dy), outputs)
-        sides.append((width, [dx, dy]))
-    summed = [_summed(rows, [(w, s[k]) for w, s in sides]) for k, rows in enumerate((x, y))]
+        dxs.append((width, dx))
+        dys.append((width, dy))
     scale, row_bias, column_bias = (list(g) for g in zip(*parameters, strict=True))
-    return Gradients(*(None if g is None else g.to(x.dtype) for g in summed), scale, row_bias, column_bias)
+    return Gradients(_summed(x, dxs, x.dtype), _summed(y, dys, x.dtype), scale, row_bias, column_bias)
 
 
 def sweep(
@@ -150,9 +153,11 @@ def sweep(
         _array(dy),
         _arrays(parameters),
     )
-    value = torch.where(row_weight == 0, 0, row_weight * (lse - t)).sum()
-    sides = (_summed(rows, [(head.width, side)]) for rows, side in ((x, dx), (y, dy)))
-    return value, Gradients(*sides, *([p] for p in parameters))
+    empty = (row_weight == 0) & (lse == -torch.inf)
+    value = (row_weight * torch.where(empty, 0, lse - t)).sum()
+    scale, row_bias, column_bias = ([p] for p in parameters)
+    dx, dy = _summed(x, [(head.width, dx)], dtype), _summed(y, [(head.width, dy)], dtype)
+    return value, Gradients(dx, dy, scale, row_bias, column_bias)
 
 
 def _parameter_gradients(h: Head, need: Need) -> _Parameters:
@@ -171,13 +176,14 @@ def _side_gradients(x: Tensor, y: Tensor | None, need: Need, dtype: torch.dtype)
     return [torch.empty(rows.shape, dtype=dtype) if rows is not None and w else None for rows, w in wanted]
 
 
-def _summed(rows: Tensor | None, parts: Sequence[tuple[int | None, Tensor | None]]) -> Tensor | None:
+def _summed(rows: Tensor | None, parts: _Prefixes, dtype: torch.dtype) -> Tensor | None:
     """Gradient of the rows from those of their prefixes of so many features."""
-    if rows is None or parts[0][1] is None:
+    given = [(width, part) for width, part in parts if part is not None]
+    if rows is None or not given:
         return None
-    if len(parts) == 1 and parts[0][0] is None:
-        return parts[0][1]
+    if len(given) == 1 and given[0][0] is None:
+        return given[0][1].to(dtype)
     total = torch.zeros(rows.shape, dtype=accumulation_dtype(rows.dtype))
-    for width, part in parts:
+    for width, part in given:
         total[:, :width] += part
-    return total
+    return total.to(dtype)
