@@ -7,7 +7,7 @@ one per column (labels, ids, biases, dense targets) is given for the M columns o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -150,7 +150,8 @@ class Circulant:
         row, column = b.row(scores.device), b.column(scores.device)
         total = scores.new_zeros(b.rows, b.columns)
         for shift, weight in zip(self.shifts, self.weights, strict=True):
-            total += weight * (column == self.offset + (row + shift) % self.period)
+            hit = column == self.offset + (row + shift) % self.period
+            total.add_(hit.to(total.dtype), alpha=weight)
         return total
 
 
@@ -176,7 +177,7 @@ class Head:
 
     Attributes:
         scale: a number, or a 0-dim tensor that receives a gradient.
-        mask: pairs in the log-sum-exp. Targets are not restricted by it.
+        mask: pairs in the log-sum-exp; all where none is given. Targets are not restricted by it.
         target: Y; None: t is 0.
         smoothing: Y becomes (1 - smoothing) Y + smoothing / columns, of the whole matrix's number of columns.
         row_bias, column_bias: (N,), (M,) that receive gradients.
@@ -186,13 +187,17 @@ class Head:
     """
 
     scale: float | Tensor = 1.0
-    mask: PairMask = field(default_factory=PairMask)
+    mask: PairMask = None  # type: ignore[assignment]  # torch.compile traces no default object or factory
     target: Target | None = None
     smoothing: float = 0.0
     row_bias: Tensor | None = None
     column_bias: Tensor | None = None
     axis: str = "row"
     width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is None:
+            object.__setattr__(self, "mask", PairMask())
 
 
 class Need(NamedTuple):

@@ -65,6 +65,7 @@ def cqc(
     _check_pairs(pairs)
     n, scale = Xa.shape[0], 1 / temperature
     other_half = Shifted(n, 2 * n)
+    problems: list[tuple[Tensor, Tensor | None]]
     if n == 0:
         problems, head = [(Xa, Zb)], Head(scale)
     elif pairs == "stacked":

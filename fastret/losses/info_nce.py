@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastret.backends.pairs import Head, Indexed, Shifted
 from fastret.losses.reduction import check_reduction, reduce_valid, row_weights
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
-from fastret.backends.pairs import Head, Indexed, Shifted
 
 
 def info_nce(
@@ -58,7 +58,7 @@ def info_nce(
         checks.check_labels(target, query, "target")
         checks.check_range(target, m, "target")
         if symmetric:
-            raise ValueError("target: expected None with symmetric=True (key i is the positive of query i), got a tensor")
+            raise ValueError("target: expected None with symmetric=True, where key i belongs to query i, got a tensor")
     elif m < n or (symmetric and m != n):
         raise ValueError(f"key: expected {'' if symmetric else 'at least '}{n} rows like the queries, got {m}")
     head = Head(1 / temperature, target=Shifted() if target is None else Indexed(target))
@@ -99,9 +99,7 @@ def clip(
     return _both_directions(image_features, text_features, Head(logit_scale, target=Shifted()), False, reduction, impl)
 
 
-def _both_directions(
-    x: Tensor, y: Tensor, head: Head, normalize: bool, reduction: str, impl: str | None
-) -> Tensor:
+def _both_directions(x: Tensor, y: Tensor, head: Head, normalize: bool, reduction: str, impl: str | None) -> Tensor:
     heads = [head, Head(head.scale, axis="column")]
     (over_keys, positive), (over_queries, _) = masked_lse(x, y, heads=heads, normalize=normalize, impl=impl)
     losses = (over_keys + over_queries) / 2 - positive

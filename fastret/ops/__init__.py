@@ -3,6 +3,7 @@
 from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Masked, PairMask, Shifted
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
+from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Shifted",
     "masked_lse",
     "masked_lse_sum",
+    "pair_dot",
+    "positive_pairs",
     "rank_sums",
     "sum_by_query",
 ]

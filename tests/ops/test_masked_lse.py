@@ -70,7 +70,7 @@ TARGETS: dict[str, Callable[[int, int], object]] = {
     "same label": lambda n, m: Masked(
         PairMask(same=(labels(n), labels(m, seed=3)), offset=0), 1 / (1 + 9 * uniform(n))
     ),
-    "circulant": lambda n, m: Circulant((-1, 0, 1), (0.25, 0.5, 0.25), min(n, m), 0),
+    "circulant": lambda n, m: Circulant((-1, 0, 1), (0.3, 0.5, 0.2), min(n, m), 0),
     "circulant, offset": lambda n, m: Circulant((0, 2), (0.5, 0.5), min(n, 7), max(0, m - 7)),
     "dense": lambda n, m: Dense(uniform(n, m)),
 }

@@ -157,7 +157,7 @@ def _pair_weights(
     probability = logits.sub_(torch.where(none, 0, total)).exp_()
     weight = probability.mul_(torch.where(none, 0, g))
     target = _target(scores, head, tile.block, columns)
-    return weight if target is None else weight.add_(target.mul_(h))
+    return weight if target is None else weight.addcmul_(target, h.expand_as(target))
 
 
 def _add_scalars(result: Gradients, k: int, weight: Tensor, scores: Tensor, tile: _Tile) -> None:
