@@ -344,7 +344,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "negative scale": (
         lambda: F.clip(X, Y, -1.0),
         ValueError,
-        "logit_scale: expected a positive finite number, got -1",
+        "logit_scale: expected a positive.*got -1",
     ),
     "negative tau_cqc": (lambda: fastret.CQCLoss(None, 8, -0.5), ValueError, "tau_cqc: expected a positive"),
     "reduction": (lambda: fastret.SupCon(reduction="max"), ValueError, "reduction: expected one of.*got 'max'"),
@@ -379,14 +379,14 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "labels collide": (
         lambda: T("mix-to-mix", 4, 3),
         ValueError,
-        r"batch: expected at least 2m - 1 = 5.*collide.*got 4",
+        "batch: expected at least 2m - 1 = 5.*got 4",
     ),
     "and to origin": (lambda: T("mix-to-origin", 4, 3), ValueError, "collide"),
     "m of zero": (lambda: T("origin", 4, 0), ValueError, "m: expected at least 1, got 0"),
     "smoothing": (
         lambda: T("origin", 4, 1, smoothing=2),
         ValueError,
-        "smoothing: expected a number from 0 to 1, got 2",
+        "smoothing: expected.*0 to 1, got 2",
     ),
     "offset": (lambda: T("origin", 4, 1, offset=-1), ValueError, "offset: expected at least 0"),
     "columns": (lambda: T("origin", 4, 1, offset=2, columns=5), ValueError, "columns: expected at least.*= 6, got 5"),
