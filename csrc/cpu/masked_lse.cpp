@@ -84,7 +84,8 @@ template <class T> class MaskedLse {
   void score_tile(const Tile& t, const ThreadSpace<T>& space) const {
     gemm(Op::none, Op::transpose, t.rows(), t.cols(), d_, x_ + t.row * d_, d_, y_ + t.col * d_, d_, false, space.tile,
          w_.plan.col_block, space.gemm);
-    if (t.two_sided) transpose<false>(space.tile, w_.plan.col_block, t.rows(), t.cols(), space.turned, w_.plan.row_block);
+    if (t.two_sided)
+      transpose<false>(space.tile, w_.plan.col_block, t.rows(), t.cols(), space.turned, w_.plan.row_block);
   }
 
   template <class Visit> void for_sides(const Tile& t, const ThreadSpace<T>& space, Visit visit) const {

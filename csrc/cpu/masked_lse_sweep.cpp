@@ -81,8 +81,8 @@ template <class T> class Sweep {
     if (!dx_) return;
     T* out = dx_ + (first + begin) * d_;
     for (int64_t c = 0; c < chunks_; ++c)
-      gemm(Op::none, Op::none, end - begin, d_, cols(c), at(c, begin), plan_.col_block, y_ + c * plan_.col_block * d_, d_,
-           c > 0, out, d_, row.gemm);
+      gemm(Op::none, Op::none, end - begin, d_, cols(c), at(c, begin), plan_.col_block,
+           y_ + c * plan_.col_block * d_, d_, c > 0, out, d_, row.gemm);
     for (int64_t r = begin; r < end; ++r)
       for (int64_t k = 0; k < d_; ++k) out[(r - begin) * d_ + k] *= factor_[r] * scale_;
     deliver_rows(dx, dx_, x_, static_cast<T*>(w_.x_norm), p_.normalize, first + begin, first + end);

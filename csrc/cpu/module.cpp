@@ -110,11 +110,13 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("masked_lse_backward",
         [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads, bool normalize,
-           int64_t first_column, int threads, const std::vector<std::tuple<ArrayTuple, MaybeArray, MaybeArray>>& upstream,
-           const MaybeArray& dx, const MaybeArray& dy, const std::vector<GradientTuple>& gradients) {
+           int64_t first_column, int threads,
+           const std::vector<std::tuple<ArrayTuple, MaybeArray, MaybeArray>>& upstream, const MaybeArray& dx,
+           const MaybeArray& dy, const std::vector<GradientTuple>& gradients) {
           const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads);
           std::vector<LseUpstream> in;
-          for (const auto& [lse, grad_lse, grad_t] : upstream) in.push_back({array(lse), array(grad_lse), array(grad_t)});
+          for (const auto& [lse, grad_lse, grad_t] : upstream)
+            in.push_back({array(lse), array(grad_lse), array(grad_t)});
           std::vector<LseGradient> out;
           for (const GradientTuple& g : gradients) out.push_back(gradient(g));
           const py::gil_scoped_release release;

@@ -109,8 +109,8 @@ template <class T> T dot(const T* a, const T* b, int64_t d) {
   return total;
 }
 
-// out[p] = x[order[p]] (x[p] without an order) for p in [begin, end), divided by its norm when `normalize`; norms[p] is that divisor.
-// Returns 0, or NaN when a row holds NaN or infinity: a bounded function of the scores would hide it.
+// out[p] = x[order[p]] (x[p] without an order) for p in [begin, end), divided by its norm when `normalize`; norms[p] is
+// that divisor. Returns 0, or NaN when a row holds NaN or infinity: a bounded function of the scores would hide it.
 template <class T>
 T pack_rows(const Array& x, const int64_t* order, bool normalize, int64_t begin, int64_t end, T* out, T* norms) {
   const int64_t d = x.cols;

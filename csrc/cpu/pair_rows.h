@@ -33,7 +33,8 @@ template <class T> T largest(const T* row, int64_t width) {
   return result;
 }
 
-// The place of a row or tile in the pair matrix: row i, columns [col, col + cols), the first of y numbered first_column.
+// One row of a tile: row i, columns [col, col + cols) of the pair matrix; the first row of y is column first_column of
+// the whole one, which is what indices, offsets and periods count by.
 struct Span {
   int64_t i, col, cols, first_column;
 };
@@ -44,7 +45,8 @@ inline int64_t wrapped(int64_t index, int64_t period) {
   return rest < 0 ? rest + period : rest;
 }
 
-template <class T, class Keep> void keep_where(const PairMask::Relation& r, const Span& at, T* row, T other, Keep keep) {
+template <class T, class Keep>
+void keep_where(const PairMask::Relation& r, const Span& at, T* row, T other, Keep keep) {
   if (!r.row.data) return;
   const int64_t own = r.row.as<int64_t>()[at.i], *labels = r.col.as<int64_t>() + at.col;
   for (int64_t j = 0; j < at.cols; ++j) row[j] = keep(labels[j], own) ? row[j] : other;
