@@ -107,13 +107,14 @@ def _forward(
     options = {"normalize": normalize, "first_column": first_column, "columns": columns}
     if hasattr(module, "sweep"):
         loss, gradients = module.sweep(x, y, head, row_weight, **options, need=Need(*need))
-        return [loss, *flat_gradients(gradients, x)]
-    ((lse, t),) = module.forward(x, y, [head], **options)
-    gradients = Gradients(None, None, [None], [None], [None])
-    if any(need):
-        gradients = module.backward([(row_weight, -row_weight)], x, y, [head], [lse], **options, need=Need(*need))
+    else:
+        ((lse, t),) = module.forward(x, y, [head], **options)
+        loss, gradients = weighted_sum(lse, t, row_weight), Gradients(None, None, [None], [None], [None])
+        if any(need):
+            upstream = [(row_weight, -row_weight)]
+            gradients = module.backward(upstream, x, y, [head], [lse], **options, need=Need(*need))
     wide = accumulation_dtype(x.dtype)
-    return [weighted_sum(lse, t, row_weight), *(g.to(wide) for g in flat_gradients(gradients, x))]
+    return [loss, *(g.to(wide) for g in flat_gradients(gradients, x))]
 
 
 def _forward_fake(
