@@ -1,4 +1,26 @@
+from collections.abc import Sequence
+
 from fastret.backends.cpu.array import ArrayTuple
+
+_Relation = tuple[ArrayTuple, ArrayTuple] | None
+
+# names for type checkers only: csrc/cpu/module.cpp says what each place holds
+MaskTuple = tuple[_Relation, _Relation, _Relation, int | None, int, ArrayTuple | None, ArrayTuple | None]
+TargetTuple = tuple[
+    int,
+    ArrayTuple | None,
+    list[int],
+    list[float],
+    int,
+    int,
+    MaskTuple,
+    ArrayTuple | None,
+    ArrayTuple | None,
+    float,
+    float,
+]
+HeadTuple = tuple[float, bool, MaskTuple, TargetTuple, ArrayTuple | None, ArrayTuple | None]
+ParameterTuple = tuple[ArrayTuple | None, ArrayTuple | None, ArrayTuple | None]
 
 def rank_sums_forward(
     x: ArrayTuple,
@@ -30,6 +52,45 @@ def rank_sums_backward(
     dy: ArrayTuple | None,
     /,
 ) -> None: ...
+def masked_lse_forward(
+    x: ArrayTuple,
+    y: ArrayTuple | None,
+    heads: list[HeadTuple],
+    normalize: bool,
+    first_column: int,
+    threads: int,
+    results: list[tuple[ArrayTuple, ArrayTuple]],
+    /,
+) -> None: ...
+def masked_lse_backward(
+    x: ArrayTuple,
+    y: ArrayTuple | None,
+    heads: list[HeadTuple],
+    normalize: bool,
+    first_column: int,
+    threads: int,
+    upstream: Sequence[tuple[ArrayTuple, ArrayTuple | None, ArrayTuple | None]],
+    dx: ArrayTuple | None,
+    dy: ArrayTuple | None,
+    gradients: list[ParameterTuple],
+    /,
+) -> None: ...
+def masked_lse_sweep(
+    x: ArrayTuple,
+    y: ArrayTuple | None,
+    head: HeadTuple,
+    normalize: bool,
+    first_column: int,
+    threads: int,
+    weight: ArrayTuple,
+    lse: ArrayTuple,
+    t: ArrayTuple,
+    dx: ArrayTuple | None,
+    dy: ArrayTuple | None,
+    gradients: ParameterTuple,
+    /,
+) -> None: ...
+def sweep_plan(n: int, m: int, item_bytes: int, threads: int, /) -> tuple[int, int, int]: ...
 def plan(n: int, m: int, symmetric: bool, threads: int, /) -> tuple[int, int]: ...
 def tournament(blocks: int, /) -> list[list[tuple[int, int]]]: ...
 def supported_isas() -> list[str]: ...

@@ -8,6 +8,31 @@ from fastret import functional
 from fastret._version import __version__
 from fastret.backends.registry import available_backends, backend
 from fastret.env import env_report
-from fastret.losses import SmoothAP
+from fastret.losses import (
+    CLIPLoss,
+    CQCLoss,
+    InfoNCE,
+    InstanceSoftmax,
+    NTXent,
+    PatchMixTargets,
+    SmoothAP,
+    SoftTargetInfoNCE,
+    SupCon,
+)
 
-__all__ = ["SmoothAP", "__version__", "available_backends", "backend", "env_report", "functional"]
+__all__ = [
+    "CLIPLoss",
+    "CQCLoss",
+    "InfoNCE",
+    "InstanceSoftmax",
+    "NTXent",
+    "PatchMixTargets",
+    "SmoothAP",
+    "SoftTargetInfoNCE",
+    "SupCon",
+    "__version__",
+    "available_backends",
+    "backend",
+    "env_report",
+    "functional",
+]

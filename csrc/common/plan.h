@@ -26,6 +26,26 @@ inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads) {
   return {block(n, t == 1 ? 1 : 2 * t), block(m, t == 1 ? 1 : 2 * t)};
 }
 
+// One sweep over S: a block of rows is kept whole, cut into pieces of rows (one thread each) by blocks of columns.
+struct SweepPlan {
+  int64_t rows = 0;  // 0: S is multiplied twice instead
+  int64_t piece = 0, col_block = 0;
+};
+
+constexpr int64_t kSweepPiece = 256;  // most rows of a piece
+
+// The block stays in a last-level cache. Below 64 rows, or 32 a thread, products are too thin: twice is faster then.
+inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t item_bytes, int threads) {
+  constexpr int64_t kBlockBytes = 12 << 20;
+  const int64_t t = std::max(1, threads), cols = plan(n, m, false, threads).col_block;
+  const int64_t row_bytes = std::max<int64_t>(1, (m + cols - 1) / cols) * cols * item_bytes;
+  const int64_t fit = kBlockBytes / row_bytes;
+  if (n == 0 || m == 0 || fit < std::min(n, std::max<int64_t>(64, 32 * t))) return {};
+  const int64_t each = std::min((n + t - 1) / t, fit / t);  // rows of a thread in one block
+  const int64_t piece = std::clamp<int64_t>(each / 32 * 32, 32, kSweepPiece);
+  return {std::min(n, std::max<int64_t>(1, fit / piece) * piece), piece, cols};
+}
+
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two
 // threads of a round never add to the same rows: no atomics, and sums do not depend on the number of threads.
 class Tournament {

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "blas.h"
+#include "masked_lse.h"
 #include "rank_sums.h"
 #include "settings.h"
 
@@ -82,12 +83,17 @@ void set_gemm(const std::string& name) {
   settings().use_blas = wanted.empty() ? blas_by_processor() : wanted == "blas";
 }
 
-RankSumsKernels rank_sums_kernels(bool doubles) {
 #if defined(__x86_64__)
-  if (settings().isa == "avx512") return avx512::rank_sums_kernels(doubles);
-  if (settings().isa == "avx2") return avx2::rank_sums_kernels(doubles);
+#define FASTRET_OF_ISA(call)                          \
+  if (settings().isa == "avx512") return avx512::call; \
+  if (settings().isa == "avx2") return avx2::call;     \
+  return base::call
+#else
+#define FASTRET_OF_ISA(call) return base::call
 #endif
-  return base::rank_sums_kernels(doubles);
-}
+
+RankSumsKernels rank_sums_kernels(bool doubles) { FASTRET_OF_ISA(rank_sums_kernels(doubles)); }
+MaskedLseKernels masked_lse_kernels(bool doubles) { FASTRET_OF_ISA(masked_lse_kernels(doubles)); }
+MaskedLseSweep masked_lse_sweep_kernel(bool doubles) { FASTRET_OF_ISA(masked_lse_sweep_kernel(doubles)); }
 
 }  // namespace fastret

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "blas.h"
+#include "masked_lse.h"
 #include "rank_sums.h"
 #include "settings.h"
 
@@ -33,6 +34,48 @@ RankSumsProblem problem(const ArrayTuple& x, const std::optional<ArrayTuple>& y,
           !y.has_value(), exclude_self,      normalize,    temperature,  threads};
 }
 
+using MaybeArray = std::optional<ArrayTuple>;
+using Relation = std::optional<std::pair<ArrayTuple, ArrayTuple>>;
+// same, different, distinct, offset, period (0: none), above, below
+using MaskTuple = std::tuple<Relation, Relation, Relation, std::optional<int64_t>, int64_t, MaybeArray, MaybeArray>;
+// kind, index, shifts, weights, base, period, mask, weight, dense, factor, uniform; see PairTarget
+using TargetTuple = std::tuple<int, MaybeArray, std::vector<int64_t>, std::vector<double>, int64_t, int64_t, MaskTuple,
+                               MaybeArray, MaybeArray, double, double>;
+// scale, whether over columns, mask, target, row bias, column bias
+using HeadTuple = std::tuple<double, bool, MaskTuple, TargetTuple, MaybeArray, MaybeArray>;
+using GradientTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray>;  // scale, row bias, column bias
+
+PairMask::Relation relation(const Relation& r) {
+  return r ? PairMask::Relation{array(r->first), array(r->second)} : PairMask::Relation{};
+}
+
+PairMask mask(const MaskTuple& t) {
+  const auto& [same, different, distinct, offset, period, above, below] = t;
+  return {relation(same), relation(different), relation(distinct), offset.has_value(),
+          offset.value_or(0), period, array(above), array(below)};
+}
+
+LseHead head(const HeadTuple& t) {
+  const auto& [scale, column, head_mask, target, row_bias, col_bias] = t;
+  const auto& [kind, index, shifts, weights, base, period, target_mask, weight, dense, factor, uniform] = target;
+  return {scale, column, mask(head_mask),
+          {static_cast<PairTarget::Kind>(kind), array(index), shifts, weights, base, period, mask(target_mask),
+           array(weight), array(dense), factor, uniform},
+          array(row_bias), array(col_bias)};
+}
+
+LseGradient gradient(const GradientTuple& t) {
+  const auto& [scale, row_bias, col_bias] = t;
+  return {array(scale), array(row_bias), array(col_bias)};
+}
+
+MaskedLseProblem lse_problem(const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
+                             bool normalize, int64_t first_column, int threads) {
+  MaskedLseProblem p{array(x), array(y ? *y : x), !y.has_value(), normalize, first_column, threads, {}};
+  for (const HeadTuple& h : heads) p.heads.push_back(head(h));
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -55,6 +98,44 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           rank_sums_backward(p, array(grad_all), array(grad_pos), array(dx), array(dy));
         });
+
+  m.def("masked_lse_forward",
+        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads, bool normalize,
+           int64_t first_column, int threads, const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results) {
+          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads);
+          std::vector<LseResult> out;
+          for (const auto& [lse, t] : results) out.push_back({array(lse), array(t)});
+          const py::gil_scoped_release release;
+          masked_lse_forward(p, out);
+        });
+  m.def("masked_lse_backward",
+        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads, bool normalize,
+           int64_t first_column, int threads,
+           const std::vector<std::tuple<ArrayTuple, MaybeArray, MaybeArray>>& upstream, const MaybeArray& dx,
+           const MaybeArray& dy, const std::vector<GradientTuple>& gradients) {
+          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads);
+          std::vector<LseUpstream> in;
+          for (const auto& [lse, grad_lse, grad_t] : upstream)
+            in.push_back({array(lse), array(grad_lse), array(grad_t)});
+          std::vector<LseGradient> out;
+          for (const GradientTuple& g : gradients) out.push_back(gradient(g));
+          const py::gil_scoped_release release;
+          masked_lse_backward(p, in, array(dx), array(dy), out);
+        });
+  m.def("masked_lse_sweep",
+        [](const ArrayTuple& x, const MaybeArray& y, const HeadTuple& h, bool normalize, int64_t first_column,
+           int threads, const ArrayTuple& weight, const ArrayTuple& lse, const ArrayTuple& t, const MaybeArray& dx,
+           const MaybeArray& dy, const GradientTuple& g) {
+          const MaskedLseProblem p = lse_problem(x, y, {h}, normalize, first_column, threads);
+          const LseResult result{array(lse), array(t)};
+          const LseGradient out = gradient(g);
+          const py::gil_scoped_release release;
+          masked_lse_sweep(p, array(weight), result, array(dx), array(dy), out);
+        });
+  m.def("sweep_plan", [](int64_t n, int64_t m, int64_t item_bytes, int threads) {
+    const SweepPlan p = sweep_plan(n, m, item_bytes, threads);
+    return std::tuple{p.rows, p.piece, p.col_block};
+  });
 
   m.def("plan", [](int64_t n, int64_t m, bool symmetric, int threads) {
     const Plan p = plan(n, m, symmetric, threads);

@@ -1,5 +1,6 @@
 // Rows on their way into and out of a kernel: gathered in the kernel's order, converted, L2-normalised; and back.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -108,15 +109,15 @@ template <class T> T dot(const T* a, const T* b, int64_t d) {
   return total;
 }
 
-// out[p] = x[order[p]] for p in [begin, end), divided by its norm when `normalize`; norms[p] is that divisor.
-// Returns 0, or NaN when a row holds NaN or infinity: a bounded function of the scores would hide it.
+// out[p] = x[order[p]] (x[p] without an order) for p in [begin, end), divided by its norm when `normalize`; norms[p] is
+// that divisor. Returns 0, or NaN when a row holds NaN or infinity: a bounded function of the scores would hide it.
 template <class T>
 T pack_rows(const Array& x, const int64_t* order, bool normalize, int64_t begin, int64_t end, T* out, T* norms) {
   const int64_t d = x.cols;
   T poison = 0;
   with_type<T>(x, [&](auto* data) {
     for (int64_t p = begin; p < end; ++p) {
-      const auto* row = data + order[p] * x.stride;
+      const auto* row = data + (order ? order[p] : p) * x.stride;
       T* to = out + p * d;
       for (int64_t k = 0; k < d; ++k) to[k] = widen(row[k]);
       const T norm = norm_of(to, d);
@@ -126,6 +127,25 @@ T pack_rows(const Array& x, const int64_t* order, bool normalize, int64_t begin,
       for (int64_t k = 0; k < d; ++k) to[k] /= norms[p];
     }
   });
+  return poison;
+}
+
+// The same for all rows, by all threads of a parallel region. Rows that may be used where they lie (`copy` false,
+// out = x) are only looked at. Every thread returns the poison of its own rows.
+template <class T>
+T place_rows(const Array& x, bool copy, bool normalize, const int64_t* order, T* out, T* norms) {
+  constexpr int64_t kPiece = 32;
+  T poison = 0;
+#pragma omp for schedule(static)
+  for (int64_t b = 0; b < (x.rows + kPiece - 1) / kPiece; ++b) {
+    const int64_t begin = b * kPiece, end = std::min(x.rows, begin + kPiece);
+    if (copy) {
+      poison += pack_rows(x, order, normalize, begin, end, out, norms);
+      continue;
+    }
+    for (int64_t p = begin; p < end; ++p)
+      if (const T norm = norm_of(out + p * x.cols, x.cols); norm != norm) poison = norm;
+  }
   return poison;
 }
 

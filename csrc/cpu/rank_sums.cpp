@@ -9,22 +9,11 @@
 // backward. Rounds of disjoint block pairs (plan.h) make sums independent of the number of threads, without atomics.
 #include "rank_sums.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "gemm.h"
 #include "pack.h"
+#include "tiles.h"
 
 FASTRET_ISA_BEGIN
-
-inline int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 constexpr int kChunk = 4;  // positives worked at once: their accumulators stay in registers
 
@@ -127,7 +116,7 @@ template <class T> class RankSums {
       poison += pack();
       score_positives(space);
       rank_positives(rank_all, rank_pos);
-      for_tiles([&](const Tile& t) { rank_tile(t, space, rank_all); });
+      for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) { rank_tile(t, space, rank_all); });
     }
     if (poison != poison)  // sigmoids are bounded: without this a NaN or infinite row could pass unseen
       for (int64_t k = 0; k < layout_.pairs(); ++k) rank_all[k] = rank_pos[k] = poison;
@@ -145,7 +134,7 @@ template <class T> class RankSums {
       if (!p_.symmetric) clear(dy_, m_ * d_);
       clear(slopes_, layout_.pairs());
       score_positives(space);
-      for_tiles([&](const Tile& t) { gradient_tile(t, space); });
+      for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) { gradient_tile(t, space); });
       gradient_positives(space);
       deliver(dx, dx_, x_, static_cast<T*>(w_.x_norm), layout_.query_order.data(), w_.dx_cycles, w_.dx_cycle_count);
       if (!p_.symmetric)
@@ -154,43 +143,14 @@ template <class T> class RankSums {
   }
 
  private:
-  struct Tile {
-    int64_t row, row_end, col, col_end;  // sorted queries x sorted gallery rows
-    int64_t rows() const { return row_end - row; }
-    int64_t cols() const { return col_end - col; }
-    bool diagonal;
-  };
-
   // Every function below is called by all threads of the region; its loops share the work and end in a barrier.
 
   T pack() {
-    T poison = 0;
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < (n_ + 31) / 32; ++b)
-      poison += rows_in(p_.x, w_.pack_x, layout_.query_order.data(), b * 32, std::min(n_, b * 32 + 32), x_, w_.x_norm);
-    if (p_.symmetric) return poison;
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < (m_ + 31) / 32; ++b)
-      poison += rows_in(p_.y, w_.pack_y, p_.order.template as<int64_t>(), b * 32, std::min(m_, b * 32 + 32), y_, w_.y_norm);
+    T poison = place_rows(p_.x, w_.pack_x, p_.normalize, layout_.query_order.data(), x_, static_cast<T*>(w_.x_norm));
+    if (!p_.symmetric)
+      poison += place_rows(p_.y, w_.pack_y, p_.normalize, p_.order.template as<int64_t>(), y_,
+                           static_cast<T*>(w_.y_norm));
     return poison;
-  }
-
-  T rows_in(const Array& from, bool copy, const int64_t* order, int64_t begin, int64_t end, T* to, void* norms) const {
-    if (copy) return pack_rows(from, order, p_.normalize, begin, end, to, static_cast<T*>(norms));
-    T poison = 0;
-    for (int64_t p = begin; p < end; ++p) {
-      const T norm = norm_of(to + p * d_, d_);
-      if (norm != norm) poison = norm;
-    }
-    return poison;
-  }
-
-  void clear(T* data, int64_t size) const {
-    if (!data) return;
-    constexpr int64_t kPiece = 1 << 14;
-#pragma omp for schedule(static)
-    for (int64_t at = 0; at < (size + kPiece - 1) / kPiece; ++at)
-      std::fill(data + at * kPiece, data + std::min(size, (at + 1) * kPiece), T(0));
   }
 
   void score_positives(const ThreadSpace<T>& space) const {
@@ -231,31 +191,6 @@ template <class T> class RankSums {
     }
   }
 
-  // Calls visit for tiles that cover S once (its lower block triangle where symmetric); no two tiles that are
-  // worked at the same time share a block of rows or a block of columns.
-  template <class Visit> void for_tiles(Visit visit) const {
-    const int64_t br = w_.plan.row_block, bc = w_.plan.col_block;
-    const int64_t rows = (n_ + br - 1) / br, cols = (m_ + bc - 1) / bc;
-    auto tile = [&](int64_t i, int64_t j) {
-      return Tile{i * br, std::min(n_, (i + 1) * br), j * bc, std::min(m_, (j + 1) * bc), p_.symmetric && i == j};
-    };
-    if (!p_.symmetric) return in_rounds(LatinRounds(rows, cols), tile, visit);
-#pragma omp for schedule(static, 1)
-    for (int64_t i = 0; i < rows; ++i) visit(tile(i, i));
-    in_rounds(Tournament(rows), tile, visit);
-  }
-
-  template <class Rounds, class MakeTile, class Visit>
-  void in_rounds(const Rounds rounds, MakeTile tile, Visit visit) const {
-    for (int64_t r = 0; r < rounds.rounds(); ++r) {
-#pragma omp for schedule(static, 1)
-      for (int64_t k = 0; k < rounds.pairs(); ++k) {
-        const auto [i, j] = rounds.pair(r, k);
-        if (i >= 0) visit(tile(i, j));
-      }
-    }
-  }
-
   // Scores of a tile, positives masked; a class relation is symmetric, so the transposed tile is masked too.
   void score_tile(const Tile& t, const ThreadSpace<T>& space) const {
     gemm(Op::none, Op::transpose, t.rows(), t.cols(), d_, x_ + t.row * d_, d_, y_ + t.col * d_, d_, false, space.tile,
@@ -265,11 +200,9 @@ template <class T> class RankSums {
       T* row = space.tile + (q - t.row) * w_.plan.col_block;
       for (int64_t j = first; j < last; ++j) row[j - t.col] = -std::numeric_limits<T>::infinity();
     }
-    if (two_sided(t))
+    if (t.two_sided)
       transpose<false>(space.tile, w_.plan.col_block, t.rows(), t.cols(), space.turned, w_.plan.row_block);
   }
-
-  bool two_sided(const Tile& t) const { return p_.symmetric && !t.diagonal; }
 
   void rank_tile(const Tile& t, const ThreadSpace<T>& space, T* rank_all) const {
     score_tile(t, space);
@@ -282,7 +215,7 @@ template <class T> class RankSums {
       }
     };
     rank_rows(space.tile, w_.plan.col_block, t.row, t.row_end, t.cols());
-    if (two_sided(t)) rank_rows(space.turned, w_.plan.row_block, t.col, t.col_end, t.rows());
+    if (t.two_sided) rank_rows(space.turned, w_.plan.row_block, t.col, t.col_end, t.rows());
   }
 
   int64_t count(int64_t q) const { return layout_.end[q] - layout_.start[q]; }
@@ -309,7 +242,7 @@ template <class T> class RankSums {
   void gradient_tile(const Tile& t, const ThreadSpace<T>& space) const {
     score_tile(t, space);
     slope_rows(space.tile, w_.plan.col_block, t.row, t.row_end, t.cols(), space);
-    if (two_sided(t)) {
+    if (t.two_sided) {
       slope_rows(space.turned, w_.plan.row_block, t.col, t.col_end, t.rows(), space);
       transpose<true>(space.turned, w_.plan.row_block, t.cols(), t.rows(), space.tile, w_.plan.col_block);
     }

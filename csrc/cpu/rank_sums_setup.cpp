@@ -1,24 +1,11 @@
 // Checks, class layout and buffers of rank_sums. Nothing here depends on the instruction set.
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <tuple>
 
+#include "../common/buffer.h"
 #include "rank_sums.h"
 
 namespace fastret {
 namespace {
-
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes = 0) : data_(bytes > 0 ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr, std::free) {
-    if (bytes > 0 && !data_) throw std::bad_alloc();
-  }
-  void* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<void, decltype(&std::free)> data_;
-};
 
 bool is_float(DType t) { return t != DType::i64; }
 DType accumulate_in(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }

@@ -1,5 +1,21 @@
 """Floor 4: losses as formulas over what ops return. One file per family."""
 
+from fastret.losses.cqc import CQCLoss
+from fastret.losses.info_nce import CLIPLoss, InfoNCE
+from fastret.losses.instance_softmax import InstanceSoftmax
+from fastret.losses.nt_xent import NTXent
 from fastret.losses.smooth_ap import SmoothAP
+from fastret.losses.soft_target import PatchMixTargets, SoftTargetInfoNCE
+from fastret.losses.sup_con import SupCon
 
-__all__ = ["SmoothAP"]
+__all__ = [
+    "CLIPLoss",
+    "CQCLoss",
+    "InfoNCE",
+    "InstanceSoftmax",
+    "NTXent",
+    "PatchMixTargets",
+    "SmoothAP",
+    "SoftTargetInfoNCE",
+    "SupCon",
+]

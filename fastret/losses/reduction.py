@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from fastret.backends.rows import accumulation_dtype
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -17,3 +19,11 @@ def reduce_valid(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
         return values
     total = values.sum()
     return total / valid.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def row_weights(rows: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """(N,) constants whose weighted sum of row losses is "mean" over valid rows, or "sum"."""
+    weight = rows.new_ones(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
+    if valid is not None:
+        weight = weight * valid
+    return weight / weight.sum().clamp_min(1) if reduction == "mean" else weight

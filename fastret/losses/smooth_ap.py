@@ -53,15 +53,9 @@ def smooth_ap(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
-    checks.check_rows(embeddings, "embeddings")
-    checks.check_labels(labels, embeddings, "labels")
+    checks.check_labelled(embeddings, labels, ref_emb, ref_labels)
     checks.check_positive(temperature, "temperature")
     check_reduction(reduction)
-    if (ref_emb is None) != (ref_labels is None):
-        raise ValueError("ref_emb, ref_labels: expected both or neither")
-    if ref_emb is not None and ref_labels is not None:
-        checks.check_rows(ref_emb, "ref_emb", like=embeddings)
-        checks.check_labels(ref_labels, ref_emb, "ref_labels")
     exclude_self = ref_emb is None and not include_self
     ranks = rank_sums(
         embeddings,

@@ -1,5 +1,24 @@
 """Floor 3: differentiable reductions over a pair matrix that is never stored. One file per reduction."""
 
+from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Masked, PairMask, Shifted
+from fastret.ops.masked_lse import masked_lse
+from fastret.ops.masked_lse_sum import masked_lse_sum
+from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 
-__all__ = ["RankSums", "rank_sums", "sum_by_query"]
+__all__ = [
+    "Circulant",
+    "Dense",
+    "Head",
+    "Indexed",
+    "Masked",
+    "PairMask",
+    "RankSums",
+    "Shifted",
+    "masked_lse",
+    "masked_lse_sum",
+    "pair_dot",
+    "positive_pairs",
+    "rank_sums",
+    "sum_by_query",
+]

@@ -39,6 +39,17 @@ def check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected device {rows.device} like the rows, got {labels.device}")
 
 
+def check_labelled(embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None) -> None:
+    """The arguments of a loss over labelled rows, alone or against a gallery."""
+    check_rows(embeddings, "embeddings")
+    check_labels(labels, embeddings, "labels")
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("ref_emb, ref_labels: expected both or neither")
+    if ref_emb is not None and ref_labels is not None:
+        check_rows(ref_emb, "ref_emb", like=embeddings)
+        check_labels(ref_labels, ref_emb, "ref_labels")
+
+
 def check_positive(value: float | Tensor, name: str) -> None:
     """A number > 0, or a 0-dim floating point tensor whose value is checked where it is on the CPU."""
     if isinstance(value, Tensor):
@@ -66,6 +77,38 @@ def check_count(value: int | None, name: str) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
+def check_vector(values: Tensor, rows: Tensor, name: str) -> None:
+    """One real number per row, on the device of the rows."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape ({rows.shape[0]},), got {type(values).__name__}")
+    if values.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating point dtype, got {values.dtype}")
+    if values.dim() != 1 or values.shape[0] != rows.shape[0]:
+        raise ValueError(f"{name}: expected shape ({rows.shape[0]},), got {tuple(values.shape)}")
+    if values.device != rows.device:
+        raise ValueError(f"{name}: expected device {rows.device} like the rows, got {values.device}")
+
+
+def wants_gradient(t: Tensor | None) -> bool:
+    """Whether a backward could ask for the gradient of t."""
+    if t is None or not torch.is_grad_enabled():
+        return False
+    return t.requires_grad or (not torch.compiler.is_compiling() and _is_wrapped(t))
+
+
+def check_range(index: Tensor, size: int, name: str) -> None:
+    """Every value in [0, size); a device other than the CPU is not waited for but asserts."""
+    if torch.compiler.is_compiling() or _is_wrapped(index):
+        return
+    right = ((index >= 0) & (index < size)).all()
+    message = f"{name}: expected numbers from 0 to {size - 1}"
+    if index.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not right:
+        wrong = index[(index < 0) | (index >= size)]
+        raise ValueError(f"{message}, got {int(wrong[0])}")
+
+
 def _is_wrapped(t: Tensor) -> bool:
-    """Under torch.func a tensor's value cannot be read."""
+    """Under torch.func a tensor's value cannot be read, nor whether its gradient is wanted."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("fastret", "DEF")
 
@@ -21,6 +22,26 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     for device in _DEVICES:
         _library.impl(name, implementation, device)
     torch.library.register_fake(f"fastret::{name}", fake, lib=_library)
+
+
+def loop_under_vmap(name: str) -> None:
+    """vmap of an operator with lists of tensors, for which PyTorch has no fallback: one call per item of the batch."""
+    operator = getattr(torch.ops.fastret, name).default
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
+        results = [
+            operator(*(_item(a, d, k) for a, d in zip(arguments, in_dims, strict=True))) for k in range(info.batch_size)
+        ]
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return stacked, [0] * len(stacked)
+
+    torch.library.register_vmap(f"fastret::{name}", rule, lib=_library)
+
+
+def _item(argument: Any, dim: Any, k: int) -> Any:
+    if isinstance(dim, (list, tuple)):
+        return [_item(a, d, k) for a, d in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, k)
 
 
 def refuse(op: str, what: str) -> "staticmethod[..., Any]":

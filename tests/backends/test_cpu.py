@@ -177,7 +177,8 @@ def test_inconsistent_classes_are_refused(order: list[int], start: list[int], co
         _C.rank_sums_forward(*arguments)
 
 
-def test_instruction_sets_share_no_symbol(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["rank_sums", "masked_lse", "masked_lse_sweep"])
+def test_instruction_sets_share_no_symbol(source: str, tmp_path: Path) -> None:
     """A weak symbol of the AVX-512 objects that the linker prefers would end the process on an older processor."""
     compiler = shutil.which("g++")
     nm = shutil.which("nm")
@@ -187,7 +188,7 @@ def test_instruction_sets_share_no_symbol(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-Wno-psabi", "-DFASTRET_ISA=base"]
     include = f"-I{sysconfig.get_path('include')}"
     subprocess.run(
-        [compiler, *flags, include, "-c", str(CSRC / "cpu" / "rank_sums.cpp"), "-o", str(output)], check=True
+        [compiler, *flags, include, "-c", str(CSRC / "cpu" / f"{source}.cpp"), "-o", str(output)], check=True
     )
     symbols = subprocess.run([nm, "-C", str(output)], capture_output=True, text=True, check=True).stdout.splitlines()
     weak = [s for s in symbols if s.split()[-2:-1] and s[17:18] in "WVu" and "DW.ref.__gxx_personality" not in s]

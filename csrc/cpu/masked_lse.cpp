@@ -1,0 +1,283 @@
+// masked_lse by tiles: forward keeps a running maximum and sum per row (and per column, for heads over columns);
+// backward multiplies the same tiles again and turns scores into dL/dS in place, for all heads at once.
+//
+// Where y is x, S is symmetric: only block pairs I > J are multiplied. The tile holds the pairs (I, J) and, transposed,
+// (J, I); backward adds both and needs dX_I += W X_J, dX_J += W^T X_I: half a product forward, one and a half backward.
+// Two tiles that are worked at once share no rows and no columns (plan.h), so that every sum has one writer.
+#include "masked_lse.h"
+
+#include "gemm.h"
+#include "pack.h"
+#include "pair_rows.h"
+#include "tiles.h"
+
+FASTRET_ISA_BEGIN
+
+template <class T> struct ThreadSpace {
+  T *tile, *turned;          // scores of a tile, and their transpose
+  T *logits, *a, *b;         // one row
+  T* gemm;
+  static int64_t row_elements(const Plan& p) { return std::max(p.row_block, p.col_block); }
+  static int64_t elements(const Plan& p) {
+    return 2 * p.row_block * p.col_block + 3 * row_elements(p) + kGemmWorkspace;
+  }
+  ThreadSpace(const MaskedLseWork& w, int thread) {
+    tile = reinterpret_cast<T*>(w.threads + thread * w.thread_bytes);
+    turned = tile + w.plan.row_block * w.plan.col_block;
+    gemm = turned + w.plan.row_block * w.plan.col_block;
+    logits = gemm + kGemmWorkspace;
+    a = logits + row_elements(w.plan);
+    b = a + row_elements(w.plan);
+  }
+};
+
+template <class T> class MaskedLse {
+ public:
+  explicit MaskedLse(const MaskedLseWork& w)
+      : w_(w), p_(w.problem), n_(p_.x.rows), m_(p_.y.rows), d_(p_.x.cols), x_(static_cast<T*>(w.x)),
+        y_(static_cast<T*>(w.y)), dx_(static_cast<T*>(w.dx)), dy_(static_cast<T*>(w.dy)) {}
+
+  void forward() {
+    T poison = 0;
+#pragma omp parallel num_threads(p_.threads) reduction(+ : poison)
+    {
+      const SerialBlas serial;
+      const ThreadSpace<T> space(w_, thread_number());
+      poison += pack();
+      for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) {
+        score_tile(t, space);
+        for_sides(t, space, [&](const Side& side) { reduce_side(side, space); });
+      });
+    }
+    for (int64_t k = 0; k < w_.head_count; ++k) finish(w_.heads[k], poison);
+  }
+
+  void backward(const Array& dx, const Array& dy) {
+#pragma omp parallel num_threads(p_.threads)
+    {
+      const SerialBlas serial;
+      const ThreadSpace<T> space(w_, thread_number());
+      pack();
+      clear(dx_, n_ * d_);
+      if (!p_.symmetric) clear(dy_, m_ * d_);
+      for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) { gradient_tile(t, space); });
+      deliver(dx, dx_, x_, static_cast<T*>(w_.x_norm));
+      if (!p_.symmetric) deliver(dy, dy_, y_, static_cast<T*>(w_.y_norm));
+    }
+  }
+
+ private:
+  // Scores of rows [row, row + rows) and columns [col, col + cols): a tile, or the transpose of one.
+  struct Side {
+    T* scores;
+    int64_t stride, row, rows, col, cols;
+    Span span(int64_t r, int64_t first_column) const { return {row + r, col, cols, first_column}; }
+    T* at(int64_t r) const { return scores + r * stride; }
+  };
+
+  T pack() {
+    T poison = place_rows(p_.x, w_.pack_x, p_.normalize, nullptr, x_, static_cast<T*>(w_.x_norm));
+    if (!p_.symmetric) poison += place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, y_, static_cast<T*>(w_.y_norm));
+    return poison;
+  }
+
+  void score_tile(const Tile& t, const ThreadSpace<T>& space) const {
+    gemm(Op::none, Op::transpose, t.rows(), t.cols(), d_, x_ + t.row * d_, d_, y_ + t.col * d_, d_, false, space.tile,
+         w_.plan.col_block, space.gemm);
+    if (t.two_sided)
+      transpose<false>(space.tile, w_.plan.col_block, t.rows(), t.cols(), space.turned, w_.plan.row_block);
+  }
+
+  template <class Visit> void for_sides(const Tile& t, const ThreadSpace<T>& space, Visit visit) const {
+    auto padding_zeroed = [&](const Side& side) {
+      for (int64_t r = 0; r < side.rows; ++r)
+        std::fill(side.at(r) + side.cols, side.at(r) + padded<T>(side.cols), T(0));
+      visit(side);
+    };
+    padding_zeroed({space.tile, w_.plan.col_block, t.row, t.rows(), t.col, t.cols()});
+    if (t.two_sided) padding_zeroed({space.turned, w_.plan.row_block, t.col, t.cols(), t.row, t.rows()});
+  }
+
+  void reduce_side(const Side& side, const ThreadSpace<T>& space) const {
+    for (int64_t k = 0; k < w_.head_count; ++k) {
+      const LseHeadWork& h = w_.heads[k];
+      T* top = h.head->column ? space.b : nullptr;
+      if (top) std::fill(top, top + padded<T>(side.cols), kNothing<T>);
+      for (int64_t r = 0; r < side.rows; ++r) {
+        const Span at = side.span(r, p_.first_column);
+        logits_of(h, at, side.at(r), space.logits);
+        add_targets(h, at, side.at(r), space);
+        mask_logits(h.head->mask, at, side.at(r), space.logits);
+        if (top) raise(space.logits, side.cols, top);
+        else reduce_row(h, at, space.logits);
+      }
+      if (top) reduce_columns(h, side, space);
+    }
+  }
+
+  void add_targets(const LseHeadWork& h, const Span& at, const T* scores, const ThreadSpace<T>& space) const {
+    T* t = static_cast<T*>(h.t);
+    const bool column = h.head->column;
+    visit_targets(h.head->target, at, [&](int64_t j, double weight) {
+      t[column ? at.col + j : at.i] += T(weight) * space.logits[j];
+    });
+    if (!is_dense(h.head->target)) return;
+    dense_targets(h.head->target, at, scores, space.a);
+    Vec<T> total{};
+    for (int64_t j = 0; j < at.cols; j += lanes<T>) {
+      const Vec<T> part = load<T>(space.a + j) * load<T>(space.logits + j);
+      if (column) store<T>(t + at.col + j, load<T>(t + at.col + j) + part);
+      total += part;
+    }
+    if (!column) t[at.i] += sum<T>(total);
+  }
+
+  void reduce_row(const LseHeadWork& h, const Span& at, const T* logits) const {
+    T &peak = static_cast<T*>(h.peak)[at.i], &total = static_cast<T*>(h.sum)[at.i];
+    const T high = largest(logits, at.cols);
+    if (high > peak) {
+      total *= std::exp(peak - high);
+      peak = high;
+    }
+    const T base = peak == kNothing<T> ? T(0) : peak;  // nothing yet: -inf - 0 stays -inf, and NaN shows
+    Vec<T> part{};
+    for (int64_t j = 0; j < at.cols; j += lanes<T>) part += exp_or_zero<T>(load<T>(logits + j) - base);
+    total += sum<T>(part);
+  }
+
+  static void raise(const T* logits, int64_t cols, T* top) {
+    for (int64_t j = 0; j < cols; j += lanes<T>) {
+      const Vec<T> v = load<T>(logits + j), old = load<T>(top + j);
+      store<T>(top + j, v > old ? v : old);
+    }
+  }
+
+  // space.b: the largest logit of each of the side's columns
+  void reduce_columns(const LseHeadWork& h, const Side& side, const ThreadSpace<T>& space) const {
+    T *peak = static_cast<T*>(h.peak) + side.col, *total = static_cast<T*>(h.sum) + side.col, *base = space.b;
+    for (int64_t j = 0; j < side.cols; j += lanes<T>) {
+      const Vec<T> high = load<T>(base + j), old = load<T>(peak + j), now = high > old ? high : old;
+      const Vec<T> safe = now == splat(kNothing<T>) ? Vec<T>{} : now;
+      store<T>(total + j, load<T>(total + j) * exp_or_zero<T>(old - safe));
+      store<T>(peak + j, now);
+      store<T>(base + j, safe);
+    }
+    for (int64_t r = 0; r < side.rows; ++r) {
+      const Span at = side.span(r, p_.first_column);
+      logits_of(h, at, side.at(r), space.logits);
+      mask_logits(h.head->mask, at, side.at(r), space.logits);
+      for (int64_t j = 0; j < side.cols; j += lanes<T>)
+        store<T>(total + j, load<T>(total + j) + exp_or_zero<T>(load<T>(space.logits + j) - load<T>(base + j)));
+    }
+  }
+
+  void finish(const LseHeadWork& h, T poison) const {
+    T *peak = static_cast<T*>(h.peak), *t = static_cast<T*>(h.t);
+    const T* total = static_cast<const T*>(h.sum);
+    for (int64_t i = 0; i < (h.head->column ? m_ : n_); ++i) {
+      peak[i] += std::log(total[i]) + poison;
+      t[i] += poison;
+    }
+  }
+
+  void gradient_tile(const Tile& t, const ThreadSpace<T>& space) const {
+    score_tile(t, space);
+    for_sides(t, space, [&](const Side& side) {
+      for (int64_t r = 0; r < side.rows; ++r) weigh_row(side.span(r, p_.first_column), side.at(r), space);
+    });
+    if (t.two_sided)
+      transpose<true>(space.turned, w_.plan.row_block, t.cols(), t.rows(), space.tile, w_.plan.col_block);
+    if (dx_)
+      gemm(Op::none, Op::none, t.rows(), d_, t.cols(), space.tile, w_.plan.col_block, y_ + t.col * d_, d_, true,
+           dx_ + t.row * d_, d_, space.gemm);
+    if (dy_)
+      gemm(Op::transpose, Op::none, t.cols(), d_, t.rows(), space.tile, w_.plan.col_block, x_ + t.row * d_, d_, true,
+           dy_ + t.col * d_, d_, space.gemm);
+  }
+
+  // A row of scores becomes the row of dL/dS, summed over heads.
+  void weigh_row(const Span& at, T* scores, const ThreadSpace<T>& space) const {
+    T *weights = space.logits, *total = space.b;
+    for (int64_t k = 0; k < w_.head_count; ++k) {
+      const LseHeadWork& h = w_.heads[k];
+      weigh(h, at, scores, weights, space.a);
+      const T scale = T(h.head->scale);
+      for (int64_t j = 0; j < at.cols; j += lanes<T>) {
+        const Vec<T> v = load<T>(weights + j) * scale;
+        store<T>(total + j, k == 0 ? v : load<T>(total + j) + v);
+      }
+      add_parameters(h, at, scores, weights);
+    }
+    std::copy(total, total + padded<T>(at.cols), scores);
+  }
+
+  // dL/dl of one head, where its logits were
+  void weigh(const LseHeadWork& h, const Span& at, const T* scores, T* weights, T* targets) const {
+    const bool column = h.head->column;
+    const int64_t place = column ? at.col : at.i;
+    const T *lse = static_cast<const T*>(h.lse) + place, *grad = static_cast<const T*>(h.grad_lse) + place,
+            *grad_t = static_cast<const T*>(h.grad_t) + place;
+    logits_of(h, at, scores, weights);
+    mask_logits(h.head->mask, at, scores, weights);
+    if (column) {
+      for (int64_t j = 0; j < at.cols; j += lanes<T>)
+        store<T>(weights + j, exp_or_zero<T>(load<T>(weights + j) - load<T>(lse + j)) * load<T>(grad + j));
+    } else {
+      for (int64_t j = 0; j < at.cols; j += lanes<T>)
+        store<T>(weights + j, exp_or_zero<T>(load<T>(weights + j) - *lse) * *grad);
+    }
+    visit_targets(h.head->target, at,
+                  [&](int64_t j, double weight) { weights[j] += T(weight) * grad_t[column ? j : 0]; });
+    if (!is_dense(h.head->target)) return;
+    dense_targets(h.head->target, at, scores, targets);
+    for (int64_t j = 0; j < at.cols; j += lanes<T>) {
+      const Vec<T> g = column ? load<T>(grad_t + j) : splat(*grad_t);
+      store<T>(weights + j, load<T>(weights + j) + g * load<T>(targets + j));
+    }
+  }
+
+  void add_parameters(const LseHeadWork& h, const Span& at, const T* scores, const T* weights) const {
+    if (h.scale_rows) {
+      Vec<T> total{};
+      for (int64_t j = 0; j < at.cols; j += lanes<T>) total += load<T>(weights + j) * load<T>(scores + j);
+      static_cast<T*>(h.scale_rows)[at.i] += sum<T>(total);
+    }
+    if (h.grad_row_bias) {
+      Vec<T> total{};
+      for (int64_t j = 0; j < at.cols; j += lanes<T>) total += load<T>(weights + j);
+      static_cast<T*>(h.grad_row_bias)[at.i] += sum<T>(total);
+    }
+    if (T* out = static_cast<T*>(h.grad_col_bias)) {
+      out += at.col;
+      for (int64_t j = 0; j < at.cols; j += lanes<T>) store<T>(out + j, load<T>(out + j) + load<T>(weights + j));
+    }
+  }
+
+  void deliver(const Array& out, T* du, const T* u, const T* norms) const {
+    if (!du) return;
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < out.rows; ++p) deliver_rows(out, du, u, norms, p_.normalize, p, p + 1);
+  }
+
+  const MaskedLseWork& w_;
+  const MaskedLseProblem& p_;
+  const int64_t n_, m_, d_;
+  T *x_, *y_, *dx_, *dy_;
+};
+
+template <class T> int64_t thread_elements(const Plan& plan) { return ThreadSpace<T>::elements(plan); }
+template <class T> void forward(const MaskedLseWork& w) { MaskedLse<T>(w).forward(); }
+template <class T> void backward(const MaskedLseWork& w, const Array& dx, const Array& dy) {
+  MaskedLse<T>(w).backward(dx, dy);
+}
+
+FASTRET_ISA_END
+
+namespace fastret {
+namespace FASTRET_ISA {
+MaskedLseKernels masked_lse_kernels(bool doubles) {
+  return doubles ? MaskedLseKernels{thread_elements<double>, forward<double>, backward<double>}
+                 : MaskedLseKernels{thread_elements<float>, forward<float>, backward<float>};
+}
+}  // namespace FASTRET_ISA
+}  // namespace fastret

@@ -1,0 +1,125 @@
+// masked_lse on the CPU. setup.cpp checks and allocates; masked_lse.cpp and masked_lse_sweep.cpp, once per instruction
+// set, compute. pair_rows.h reads heads. The definition is fastret/backends/reference/masked_lse.py.
+#pragma once
+#include <vector>
+
+#include "../common/array.h"
+#include "../common/plan.h"
+
+namespace fastret {
+
+// Which pairs count: a conjunction of what is given (fastret/backends/pairs.py).
+struct PairMask {
+  struct Relation {
+    Array row, col;  // int64 (1, N), (1, M); no data: no condition
+  };
+  Relation same, different, distinct;
+  bool has_offset = false;
+  int64_t offset = 0, period = 0;  // column != row + offset, modulo the period unless that is 0
+  Array above, below;              // (1, N) bounds of the unscaled score
+};
+
+// Y_ij = factor * (what the kind says) + uniform
+struct PairTarget {
+  enum class Kind : int { none = 0, indexed = 1, shifted = 2, masked = 3, dense = 4 };
+  Kind kind = Kind::none;
+  Array index;                      // indexed: int64 (1, N), global column numbers
+  std::vector<int64_t> shifts;      // shifted: column = base + (row + shift, modulo the period unless that is 0)
+  std::vector<double> weights;      // one per shift
+  int64_t base = 0, period = 0;
+  PairMask mask;                    // masked
+  Array weight;                     // masked: (1, N)
+  Array dense;                      // dense: (N, M)
+  double factor = 1, uniform = 0;
+};
+
+struct LseHead {
+  double scale = 1;
+  bool column = false;  // over the rows of each column
+  PairMask mask;
+  PairTarget target;
+  Array row_bias, col_bias;  // (1, N), (1, M) or no data
+};
+
+struct MaskedLseProblem {
+  Array x, y;  // (N, D), (M, D); y is x where `symmetric`
+  bool symmetric = false;
+  bool normalize = true;
+  int64_t first_column = 0;  // global number of y's first row
+  int threads = 1;
+  std::vector<LseHead> heads;
+};
+
+// Per head, of its axis' length: results of forward; in backward lse with the gradients that arrive (no data: zero).
+struct LseResult {
+  Array lse, t;
+};
+struct LseUpstream {
+  Array lse, grad_lse, grad_t;
+};
+// Gradients of a head's own parameters; no data where not wanted.
+struct LseGradient {
+  Array scale, row_bias, col_bias;  // (1, 1), (1, N), (1, M)
+};
+
+void masked_lse_forward(const MaskedLseProblem&, const std::vector<LseResult>&);
+
+void masked_lse_backward(const MaskedLseProblem&, const std::vector<LseUpstream>&, const Array& dx, const Array& dy,
+                         const std::vector<LseGradient>&);
+
+// One row head: lse and t, and the gradients of sum_i weight_i (lse_i - t_i), with S multiplied once where the plan
+// finds room for a block of it. weight (1, N).
+void masked_lse_sweep(const MaskedLseProblem&, const Array& weight, const LseResult&, const Array& dx, const Array& dy,
+                      const LseGradient&);
+
+// A head on its way through the kernels. Vectors of the accumulation type, one entry a row or a column, padded by zeros
+// to whole vectors past the last tile, so that no loop over a tile's columns has a tail; null where there is none.
+struct LseHeadWork {
+  const LseHead* head = nullptr;
+  const void *row_bias = nullptr, *col_bias = nullptr;
+  void *peak = nullptr, *sum = nullptr, *t = nullptr;  // forward: running maximum, sum of exp(l - peak), sum of Y l
+  // backward: lse and its gradient, (+inf, 0) where nothing was allowed; gradient of t
+  const void *lse = nullptr, *grad_lse = nullptr, *grad_t = nullptr;
+  void* scale_rows = nullptr;  // (N) sum over j of dL/dl_ij s_ij, or not wanted
+  void *grad_row_bias = nullptr, *grad_col_bias = nullptr;  // or not wanted
+};
+
+struct MaskedLseWork {
+  const MaskedLseProblem& problem;
+  Plan plan;
+  SweepPlan sweep;
+  LseHeadWork* heads = nullptr;
+  int64_t head_count = 0;
+  bool pack_x = true, pack_y = true;  // false: rows are used where they lie
+  void *x = nullptr, *y = nullptr, *x_norm = nullptr, *y_norm = nullptr;
+  void *dx = nullptr, *dy = nullptr;  // gradients of the packed rows; dy = dx where symmetric
+  const void* weight = nullptr;       // sweep: (N)
+  void *block = nullptr, *scaled = nullptr;  // sweep: exponentials of a block of rows; its rows of x, weighted
+  char* threads = nullptr;                   // a workspace of thread_bytes per thread
+  int64_t thread_bytes = 0;
+};
+
+struct MaskedLseKernels {
+  int64_t (*thread_elements)(const Plan&);
+  void (*forward)(const MaskedLseWork&);
+  void (*backward)(const MaskedLseWork&, const Array& dx, const Array& dy);
+};
+using MaskedLseSweep = void (*)(const MaskedLseWork&, const Array& dx, const Array& dy);
+
+namespace base {
+MaskedLseKernels masked_lse_kernels(bool doubles);
+MaskedLseSweep masked_lse_sweep_kernel(bool doubles);
+}
+namespace avx2 {
+MaskedLseKernels masked_lse_kernels(bool doubles);
+MaskedLseSweep masked_lse_sweep_kernel(bool doubles);
+}
+namespace avx512 {
+MaskedLseKernels masked_lse_kernels(bool doubles);
+MaskedLseSweep masked_lse_sweep_kernel(bool doubles);
+}
+
+MaskedLseKernels masked_lse_kernels(bool doubles);  // of the instruction set in use
+MaskedLseSweep masked_lse_sweep_kernel(bool doubles);
+
+}  // namespace fastret

@@ -1,0 +1,276 @@
+// Checks and buffers of masked_lse. Nothing here depends on the instruction set.
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "../common/buffer.h"
+#include "masked_lse.h"
+
+namespace fastret {
+namespace {
+
+constexpr int64_t kPadding = 64;  // elements: at least a vector of any instruction set
+
+bool is_float(DType t) { return t != DType::i64; }
+DType accumulate_in(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
+template <class T> constexpr DType type_of = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+void check_given(const Array& a, const std::string& name, int64_t cols, DType dtype) {
+  if (a.data || a.rows) check(a, name.c_str(), 1, cols, dtype);
+}
+
+void check_relation(const PairMask::Relation& r, const std::string& name, int64_t n, int64_t m) {
+  require(!r.row.rows == !r.col.rows, name.c_str(), "needs labels of rows and of columns");
+  check_given(r.row, name + "[0]", n, DType::i64);
+  check_given(r.col, name + "[1]", m, DType::i64);
+}
+
+void check_mask(const PairMask& mask, const std::string& name, int64_t n, int64_t m, DType real) {
+  check_relation(mask.same, name + ".same", n, m);
+  check_relation(mask.different, name + ".different", n, m);
+  check_relation(mask.distinct, name + ".distinct", n, m);
+  check_given(mask.above, name + ".above", n, real);
+  check_given(mask.below, name + ".below", n, real);
+  require(mask.period >= 0, (name + ".period").c_str(), "must not be negative");
+}
+
+void check_target(const PairTarget& t, const std::string& name, int64_t n, int64_t m, DType real) {
+  using Kind = PairTarget::Kind;
+  require(t.kind >= Kind::none && t.kind <= Kind::dense, name.c_str(), "unknown kind");
+  require(t.shifts.size() == t.weights.size(), name.c_str(), "needs one weight a shift");
+  require(t.period >= 0, (name + ".period").c_str(), "must not be negative");
+  if (t.kind == Kind::indexed) check(t.index, (name + ".index").c_str(), 1, n, DType::i64);
+  if (t.kind == Kind::dense) check(t.dense, (name + ".weights").c_str(), n, m, real);
+  if (t.kind != Kind::masked) return;
+  check_mask(t.mask, name + ".mask", n, m, real);
+  check(t.weight, (name + ".weight").c_str(), 1, n, real);
+}
+
+void check_problem(const MaskedLseProblem& p) {
+  require(is_float(p.x.dtype), "x", "not a floating point type");
+  check(p.x, "x", p.x.rows, p.x.cols);
+  check(p.y, "y", p.y.rows, p.x.cols, p.x.dtype);
+  require(!p.symmetric || (p.y.rows == p.x.rows && p.y.data == p.x.data), "y", "not x itself");
+  require(p.threads >= 1, "threads", "must be at least 1");
+  require(!p.heads.empty(), "heads", "expected at least one");
+  const DType real = accumulate_in(p.x.dtype);
+  for (size_t k = 0; k < p.heads.size(); ++k) {
+    const LseHead& h = p.heads[k];
+    const std::string name = "heads[" + std::to_string(k) + "]";
+    check_mask(h.mask, name + ".mask", p.x.rows, p.y.rows, real);
+    check_target(h.target, name + ".target", p.x.rows, p.y.rows, real);
+    check_given(h.row_bias, name + ".row_bias", p.x.rows, real);
+    check_given(h.col_bias, name + ".column_bias", p.y.rows, real);
+  }
+}
+
+int64_t length(const MaskedLseProblem& p, const LseHead& h) { return h.column ? p.y.rows : p.x.rows; }
+
+// Buffers of one call; `work` points into them.
+template <class T> struct Setup {
+  const MaskedLseProblem& problem;
+  std::vector<Buffer> buffers;
+  std::vector<LseHeadWork> heads;
+  MaskedLseWork work;
+
+  explicit Setup(const MaskedLseProblem& p)
+      : problem(p), heads(p.heads.size()), work{p, plan(p.x.rows, p.y.rows, p.symmetric, p.threads), {}} {
+    std::tie(work.x, work.x_norm, work.pack_x) = rows_of(p.x);
+    std::tie(work.y, work.y_norm, work.pack_y) = std::tie(work.x, work.x_norm, work.pack_x);
+    if (!p.symmetric) std::tie(work.y, work.y_norm, work.pack_y) = rows_of(p.y);
+    for (size_t k = 0; k < heads.size(); ++k) {
+      heads[k].head = &p.heads[k];
+      if (p.heads[k].row_bias.data) heads[k].row_bias = vector(p.x.rows, T(0), p.heads[k].row_bias);
+      if (p.heads[k].col_bias.data) heads[k].col_bias = vector(p.y.rows, T(0), p.heads[k].col_bias);
+    }
+    work.heads = heads.data();
+    work.head_count = int64_t(heads.size());
+  }
+
+  static constexpr bool kDoubles = sizeof(T) == 8;
+  MaskedLseKernels kernels() const { return masked_lse_kernels(kDoubles); }
+
+  T* allocate(int64_t elements) {
+    buffers.emplace_back(std::max<int64_t>(1, elements) * int64_t(sizeof(T)));
+    return static_cast<T*>(buffers.back().get());
+  }
+
+  // n entries, of `from` where it has data, and the padding that the kernels rely on
+  T* vector(int64_t n, T value, const Array& from = {}) {
+    T* out = allocate(n + kPadding);
+    if (from.data) std::copy(from.as<T>(), from.as<T>() + n, out);
+    else std::fill(out, out + n, value);
+    std::fill(out + n, out + n + kPadding, T(0));
+    return out;
+  }
+
+  // (rows, norms, whether they are to be packed)
+  std::tuple<void*, void*, bool> rows_of(const Array& a) {
+    const bool pack = problem.normalize || a.dtype != type_of<T> || (a.rows > 1 && a.stride != a.cols);
+    void* rows = pack ? allocate(a.rows * a.cols) : a.data;
+    return {rows, problem.normalize ? allocate(a.rows) : nullptr, pack};
+  }
+
+  // Accumulates in the output itself where its type and layout allow.
+  void* gradient(const Array& out, const Array& rows, const char* name) {
+    if (!out.data) return nullptr;
+    require(out.dtype == rows.dtype || out.dtype == type_of<T>, name, "unexpected dtype");
+    check(out, name, rows.rows, rows.cols);
+    const bool direct = out.dtype == type_of<T> && (out.rows <= 1 || out.stride == out.cols);
+    return direct ? out.data : allocate(out.rows * out.cols);
+  }
+
+  void gradients(const Array& dx, const Array& dy) {
+    require(!problem.symmetric || !dy.data, "dy", "y = x has one gradient");
+    work.dx = gradient(dx, problem.x, "dx");
+    work.dy = problem.symmetric ? nullptr : gradient(dy, problem.y, "dy");
+  }
+
+  void parameters(LseHeadWork& h, const LseGradient& g) {
+    if (g.scale.data) {
+      check(g.scale, "grad_scale", 1, 1, type_of<T>);
+      h.scale_rows = vector(problem.x.rows, T(0));
+    }
+    if (g.row_bias.data) {
+      check(g.row_bias, "grad_row_bias", 1, problem.x.rows, type_of<T>);
+      h.grad_row_bias = vector(problem.x.rows, T(0));
+    }
+    if (g.col_bias.data) {
+      check(g.col_bias, "grad_column_bias", 1, problem.y.rows, type_of<T>);
+      h.grad_col_bias = vector(problem.y.rows, T(0));
+    }
+  }
+
+  void deliver(const LseHeadWork& h, const LseGradient& g) const {
+    if (g.scale.data) {
+      double total = 0;
+      for (int64_t i = 0; i < problem.x.rows; ++i) total += double(static_cast<T*>(h.scale_rows)[i]);
+      *g.scale.as<T>() = T(total);
+    }
+    copy_out(h.grad_row_bias, g.row_bias);
+    copy_out(h.grad_col_bias, g.col_bias);
+  }
+
+  static void copy_out(const void* from, const Array& to) {
+    if (to.data) std::copy(static_cast<const T*>(from), static_cast<const T*>(from) + to.cols, to.as<T>());
+  }
+
+  void results(LseHeadWork& h, const LseResult& r) {
+    const int64_t n = length(problem, *h.head);
+    check(r.lse, "lse", 1, n, type_of<T>);
+    check(r.t, "t", 1, n, type_of<T>);
+    h.peak = vector(n, -std::numeric_limits<T>::infinity());
+    h.sum = vector(n, T(0));
+    h.t = vector(n, T(0));
+  }
+
+  void thread_spaces() {
+    work.thread_bytes = (kernels().thread_elements(work.plan) * int64_t(sizeof(T)) + 63) / 64 * 64;
+    work.threads = reinterpret_cast<char*>(allocate(work.thread_bytes / int64_t(sizeof(T)) * problem.threads));
+  }
+};
+
+template <class T> void forward(const MaskedLseProblem& p, const std::vector<LseResult>& results) {
+  Setup<T> setup(p);
+  for (size_t k = 0; k < results.size(); ++k) setup.results(setup.heads[k], results[k]);
+  setup.thread_spaces();
+  setup.kernels().forward(setup.work);
+  for (size_t k = 0; k < results.size(); ++k) {
+    Setup<T>::copy_out(setup.heads[k].peak, results[k].lse);
+    Setup<T>::copy_out(setup.heads[k].t, results[k].t);
+  }
+}
+
+template <class T>
+void backward(const MaskedLseProblem& p, const std::vector<LseUpstream>& upstream, const Array& dx, const Array& dy,
+              const std::vector<LseGradient>& gradients) {
+  Setup<T> setup(p);
+  for (size_t k = 0; k < upstream.size(); ++k) {
+    LseHeadWork& h = setup.heads[k];
+    const LseUpstream& u = upstream[k];
+    const int64_t n = length(p, p.heads[k]);
+    check(u.lse, "lse", 1, n, type_of<T>);
+    check_given(u.grad_lse, "grad_lse", n, type_of<T>);
+    check_given(u.grad_t, "grad_t", n, type_of<T>);
+    T *lse = setup.vector(n, T(0), u.lse), *grad = setup.vector(n, T(0), u.grad_lse);
+    for (int64_t i = 0; i < n; ++i)
+      if (lse[i] == -std::numeric_limits<T>::infinity()) {
+        lse[i] = -lse[i];
+        grad[i] = 0;
+      }
+    h.lse = lse;
+    h.grad_lse = grad;
+    h.grad_t = setup.vector(n, T(0), u.grad_t);
+    setup.parameters(h, gradients[k]);
+  }
+  setup.gradients(dx, dy);
+  if (p.symmetric) setup.work.dy = setup.work.dx;
+  setup.thread_spaces();
+  setup.kernels().backward(setup.work, dx, dy);
+  for (size_t k = 0; k < upstream.size(); ++k) setup.deliver(setup.heads[k], gradients[k]);
+}
+
+// S multiplied twice: a pass for lse and t, then one for the gradients.
+template <class T>
+void two_passes(const MaskedLseProblem& p, const Array& weight, const LseResult& result, const Array& dx,
+                const Array& dy, const LseGradient& gradient) {
+  forward<T>(p, {result});
+  std::vector<T> minus(weight.as<T>(), weight.as<T>() + p.x.rows);
+  for (T& v : minus) v = -v;
+  const int64_t n = p.x.rows, bytes = n * int64_t(sizeof(T));
+  backward<T>(p, {{result.lse, weight, {minus.data(), 1, n, n, type_of<T>, bytes}}}, dx, dy, {gradient});
+}
+
+template <class T>
+void sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& result, const Array& dx, const Array& dy,
+           const LseGradient& gradient) {
+  check(weight, "weight", 1, p.x.rows, type_of<T>);
+  const PairMask& targets = p.heads[0].target.mask;
+  const SweepPlan plan = sweep_plan(p.x.rows, p.y.rows, sizeof(T), p.threads);
+  // Symmetric S needs half a product forward and one and a half backward; targets that depend on scores need those
+  // after exponentials have taken their place.
+  if (p.symmetric || plan.rows == 0 || targets.above.data || targets.below.data)
+    return two_passes<T>(p, weight, result, dx, dy, gradient);
+  Setup<T> setup(p);
+  LseHeadWork& h = setup.heads[0];
+  setup.results(h, result);
+  setup.parameters(h, gradient);
+  setup.gradients(dx, dy);
+  setup.work.sweep = plan;
+  setup.work.weight = weight.data;
+  const int64_t chunks = (p.y.rows + plan.col_block - 1) / plan.col_block;
+  setup.work.block = setup.allocate(plan.rows * chunks * plan.col_block);
+  setup.work.scaled = setup.allocate(plan.rows * p.x.cols + plan.rows);
+  setup.thread_spaces();
+  masked_lse_sweep_kernel(sizeof(T) == 8)(setup.work, dx, dy);
+  setup.deliver(h, gradient);
+  Setup<T>::copy_out(h.peak, result.lse);
+  Setup<T>::copy_out(h.t, result.t);
+}
+
+bool doubles(const MaskedLseProblem& p) { return p.x.dtype == DType::f64; }
+
+}  // namespace
+
+void masked_lse_forward(const MaskedLseProblem& p, const std::vector<LseResult>& results) {
+  check_problem(p);
+  require(results.size() == p.heads.size(), "results", "expected one a head");
+  doubles(p) ? forward<double>(p, results) : forward<float>(p, results);
+}
+
+void masked_lse_backward(const MaskedLseProblem& p, const std::vector<LseUpstream>& upstream, const Array& dx,
+                         const Array& dy, const std::vector<LseGradient>& gradients) {
+  check_problem(p);
+  require(upstream.size() == p.heads.size() && gradients.size() == p.heads.size(), "upstream", "expected one a head");
+  doubles(p) ? backward<double>(p, upstream, dx, dy, gradients) : backward<float>(p, upstream, dx, dy, gradients);
+}
+
+void masked_lse_sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& result, const Array& dx,
+                      const Array& dy, const LseGradient& gradient) {
+  check_problem(p);
+  require(p.heads.size() == 1 && !p.heads[0].column, "heads", "one sweep serves one head over rows");
+  doubles(p) ? sweep<double>(p, weight, result, dx, dy, gradient) : sweep<float>(p, weight, result, dx, dy, gradient);
+}
+
+}  // namespace fastret

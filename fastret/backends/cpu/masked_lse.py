@@ -1,0 +1,189 @@
+"""masked_lse in C++ (csrc/cpu/masked_lse.cpp, masked_lse_sweep.cpp). Serves every head: there is nothing to fall back
+from. Heads of one feature width share a product of rows; each width of a Matryoshka loss multiplies its own columns."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastret import _C
+from fastret.backends.cpu.array import ArrayTuple, array, rows_of
+from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
+from fastret.backends.rows import accumulation_dtype
+
+_Prefixes = list[tuple[int | None, Tensor | None]]  # gradients of so many features
+_Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]  # of scale, row bias, column bias
+
+_NO_MASK: "_C.MaskTuple" = (None, None, None, None, 0, None, None)
+
+
+def _array(t: Tensor | None) -> ArrayTuple | None:
+    return None if t is None else array(t)
+
+
+def _arrays(gradients: _Parameters) -> "_C.ParameterTuple":
+    scale, row_bias, column_bias = gradients
+    return _array(scale), _array(row_bias), _array(column_bias)
+
+
+def _relation(labels: tuple[Tensor, Tensor] | None) -> tuple[ArrayTuple, ArrayTuple] | None:
+    return None if labels is None else (array(labels[0]), array(labels[1]))
+
+
+def _mask(m: PairMask) -> "_C.MaskTuple":
+    relations = (_relation(m.same), _relation(m.different), _relation(m.distinct))
+    return *relations, m.offset, m.period or 0, _array(m.above), _array(m.below)
+
+
+def _target(target: Target | None, smoothing: float, columns: int) -> "_C.TargetTuple":
+    """The kinds of csrc/cpu/masked_lse.h: 0 none, 1 indexed, 2 shifted, 3 masked, 4 dense."""
+    kind, index, weight, dense, mask = 0, None, None, None, _NO_MASK
+    shifts: list[int] = []
+    weights: list[float] = []
+    base = period = 0
+    match target:
+        case Indexed():
+            kind, index = 1, array(target.index)
+        case Shifted():
+            kind, shifts, weights, period = 2, [target.offset], [1.0], target.period or 0
+        case Circulant():
+            kind, shifts, weights, period = 2, list(target.shifts), list(target.weights), target.period
+            base = target.offset
+        case Masked():
+            kind, mask, weight = 3, _mask(target.mask), array(target.weight)
+        case Dense():
+            kind, dense = 4, array(target.weights)
+    uniform = smoothing / columns if smoothing else 0.0
+    return kind, index, shifts, weights, base, period, mask, weight, dense, 1 - smoothing, uniform
+
+
+def _head(h: Head, columns: int) -> "_C.HeadTuple":
+    target = _target(h.target, h.smoothing, columns)
+    return float(h.scale), h.axis == "column", _mask(h.mask), target, _array(h.row_bias), _array(h.column_bias)
+
+
+def _by_width(heads: Sequence[Head]) -> Iterator[tuple[int | None, list[int]]]:
+    """Places of the heads of each feature width."""
+    for width in dict.fromkeys(h.width for h in heads):
+        yield width, [k for k, h in enumerate(heads) if h.width == width]
+
+
+def _width_of(rows: Tensor | None, width: int | None) -> Tensor | None:
+    return None if rows is None else rows_of(rows[:, :width])
+
+
+def forward(
+    x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
+) -> list[tuple[Tensor, Tensor]]:
+    """(lse, t) of each head, as backends/reference defines them."""
+    sizes = {"row": len(x), "column": len(x if y is None else y)}
+    lses = [torch.empty(sizes[h.axis], dtype=accumulation_dtype(x.dtype)) for h in heads]
+    results = [(lse, torch.empty_like(lse)) for lse in lses]
+    for width, places in _by_width(heads):
+        rows, others = rows_of(x[:, :width]), _width_of(y, width)
+        described = [_head(heads[k], columns) for k in places]
+        outputs = [(array(results[k][0]), array(results[k][1])) for k in places]
+        threads = torch.get_num_threads()
+        _C.masked_lse_forward(array(rows), _array(others), described, normalize, first_column, threads, outputs)
+    return results
+
+
+def backward(
+    grads: Sequence[tuple[Tensor, Tensor]],
+    x: Tensor,
+    y: Tensor | None,
+    heads: Sequence[Head],
+    lses: Sequence[Tensor],
+    *,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    need: Need,
+) -> Gradients:
+    """Gradients from those of each head's lse and t."""
+    grads = [(g.contiguous(), h.contiguous()) for g, h in grads]
+    lses = [lse.contiguous() for lse in lses]
+    parameters = [_parameter_gradients(h, need) for h in heads]
+    whole = all(h.width is None for h in heads)  # else sums of several widths, rounded once
+    dxs: _Prefixes = []
+    dys: _Prefixes = []
+    for width, places in _by_width(heads):
+        rows, others = rows_of(x[:, :width]), _width_of(y, width)
+        dx, dy = _side_gradients(rows, others, need, x.dtype if whole else accumulation_dtype(x.dtype))
+        described = [_head(heads[k], columns) for k in places]
+        upstream = [(array(lses[k]), array(grads[k][0]), array(grads[k][1])) for k in places]
+        outputs = [_arrays(parameters[k]) for k in places]
+        problem = (array(rows), _array(others), described, normalize, first_column, torch.get_num_threads())
+        _C.masked_lse_backward(*problem, upstream, _array(dx), _array(dy), outputs)
+        dxs.append((width, dx))
+        dys.append((width, dy))
+    scale, row_bias, column_bias = (list(g) for g in zip(*parameters, strict=True))
+    return Gradients(_summed(x, dxs, x.dtype), _summed(y, dys, x.dtype), scale, row_bias, column_bias)
+
+
+def sweep(
+    x: Tensor,
+    y: Tensor | None,
+    head: Head,
+    row_weight: Tensor,
+    *,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    need: Need,
+) -> tuple[Tensor, Gradients]:
+    """Sum of row_weight_i (lse_i - t_i) and its gradients, in the accumulation dtype."""
+    dtype = accumulation_dtype(x.dtype)
+    row_weight = row_weight.contiguous()
+    lse, t = torch.empty(len(x), dtype=dtype), torch.empty(len(x), dtype=dtype)
+    parameters = _parameter_gradients(head, need)
+    rows, others = rows_of(x[:, : head.width]), _width_of(y, head.width)
+    dx, dy = _side_gradients(rows, others, need, dtype)
+    _C.masked_lse_sweep(
+        array(rows),
+        _array(others),
+        _head(head, columns),
+        normalize,
+        first_column,
+        torch.get_num_threads(),
+        array(row_weight),
+        array(lse),
+        array(t),
+        _array(dx),
+        _array(dy),
+        _arrays(parameters),
+    )
+    empty = (row_weight == 0) & (lse == -torch.inf)
+    value = (row_weight * torch.where(empty, 0, lse - t)).sum()
+    scale, row_bias, column_bias = ([p] for p in parameters)
+    dx, dy = _summed(x, [(head.width, dx)], dtype), _summed(y, [(head.width, dy)], dtype)
+    return value, Gradients(dx, dy, scale, row_bias, column_bias)
+
+
+def _parameter_gradients(h: Head, need: Need) -> _Parameters:
+    """Memory for the gradients of scale, row bias and column bias, where the head has such tensors."""
+    scale = h.scale if need.scale and isinstance(h.scale, Tensor) else None
+    row_bias, column_bias = h.row_bias if need.row_bias else None, h.column_bias if need.column_bias else None
+    return _empty(scale), _empty(row_bias), _empty(column_bias)
+
+
+def _empty(t: Tensor | None) -> Tensor | None:
+    return None if t is None else torch.empty_like(t)
+
+
+def _side_gradients(x: Tensor, y: Tensor | None, need: Need, dtype: torch.dtype) -> list[Tensor | None]:
+    wanted = ((x, need.x), (y, need.y))
+    return [torch.empty(rows.shape, dtype=dtype) if rows is not None and w else None for rows, w in wanted]
+
+
+def _summed(rows: Tensor | None, parts: _Prefixes, dtype: torch.dtype) -> Tensor | None:
+    """Gradient of the rows from those of their prefixes of so many features."""
+    given = [(width, part) for width, part in parts if part is not None]
+    if rows is None or not given:
+        return None
+    if len(given) == 1 and given[0][0] is None:
+        return given[0][1].to(dtype)
+    total = torch.zeros(rows.shape, dtype=accumulation_dtype(rows.dtype))
+    for width, part in given:
+        total[:, :width] += part
+    return total.to(dtype)
