@@ -4,7 +4,7 @@ Every loss is a formula over per-row reductions of a pair matrix that is never s
 the official codes, in O(N) memory, on CPU (C++), GPU (Triton) and anywhere else (PyTorch tiles).
 """
 
-from fastret import functional
+from fastret import functional, retrieval
 from fastret._version import __version__
 from fastret.backends.registry import available_backends, backend
 from fastret.env import env_report
@@ -35,4 +35,5 @@ __all__ = [
     "backend",
     "env_report",
     "functional",
+    "retrieval",
 ]

@@ -58,7 +58,7 @@ def env_report() -> str:
             lines.append(f"  {name}: {impl.summary}" + (f" ({detail})" if detail else ""))
         else:
             lines.append(f"  {name}: not available: {reason}")
-    lines += ["", "what serves each op, float32:"]
+    lines += ["", 'what "auto" picks for each op, float32:']
     for op in OPS:
         lines += _op_lines(op)
     return "\n".join(lines)

@@ -23,7 +23,7 @@ struct ClassLayout {
 
 constexpr int64_t kClassRows = 64;
 
-// order (m), start (n), count (n) as ops/segments.py makes them; symmetric: queries are sorted like the gallery.
+// order (m), start (n), count (n) as backends/segments.py makes them; symmetric: queries are sorted like the gallery.
 // Throws std::invalid_argument when they do not describe disjoint classes.
 ClassLayout class_layout(const int64_t* order, const int64_t* start, const int64_t* count, int64_t n, int64_t m,
                          bool symmetric);

@@ -11,7 +11,7 @@ struct Plan {
   int64_t row_block, col_block;  // rows of x and of y in one tile
 };
 
-// Tiles stay in L2 and leave every thread at least two block pairs a round; multiples of 32 keep vectors full.
+// Tiles stay in L2 and leave every thread a block pair a round; multiples of 32 keep vectors full.
 // Measured (AVX-512, D = 512): 128 up to a thousand rows, 256 above; a tile of 256 at N = 512 idles a thread.
 inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads) {
   auto block = [](int64_t size, int64_t pieces) {
@@ -47,7 +47,7 @@ inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t item_bytes, int thread
 }
 
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two
-// threads of a round never add to the same rows: no atomics, and sums do not depend on the number of threads.
+// threads of a round never add to the same rows: no atomics, and every run with the same blocks adds in the same order.
 class Tournament {
  public:
   explicit Tournament(int64_t blocks) : blocks_(blocks), players_(blocks + blocks % 2) {}

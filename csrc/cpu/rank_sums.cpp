@@ -6,7 +6,7 @@
 // S = X Y^T in which the positives are masked out (score -inf, sigmoid 0). Where the gallery is the batch, S is
 // symmetric: only block pairs I > J are multiplied, the tile serves the queries of I and, transposed, those of J;
 // backward turns it into T = f(q; j) + f(j; q) and adds T X_J and T^T X_I: half a product forward, one and a half
-// backward. Rounds of disjoint block pairs (plan.h) make sums independent of the number of threads, without atomics.
+// backward. Rounds of disjoint block pairs (plan.h) need no atomics and add in the same order in every run.
 #include "rank_sums.h"
 
 #include "gemm.h"
@@ -105,7 +105,7 @@ template <class T> class RankSums {
       : w_(w), p_(w.problem), layout_(w.layout), n_(p_.x.rows), m_(p_.y.rows), d_(p_.x.cols),
         x_(static_cast<T*>(w.x)), y_(static_cast<T*>(w.y)), positives_(static_cast<T*>(w.positives)),
         slopes_(static_cast<T*>(w.slopes)), dx_(static_cast<T*>(w.dx)), dy_(static_cast<T*>(w.dy)),
-        steepness_(T(1.4426950408889634 / p_.temperature)) {}
+        steepness_(finite(1.4426950408889634 / p_.temperature)) {}
 
   void forward(T* rank_all, T* rank_pos) {
     T poison = 0;
@@ -143,6 +143,12 @@ template <class T> class RankSums {
   }
 
  private:
+  // Any temperature a double can hold: 0 * inf and inf * 0 would be NaN.
+  static T finite(double v) {
+    constexpr double limit = sizeof(T) == 4 ? 1e37 : 1e300;
+    return T(v > limit ? limit : v < 1 / limit ? 1 / limit : v);
+  }
+
   // Every function below is called by all threads of the region; its loops share the work and end in a barrier.
 
   T pack() {
@@ -294,13 +300,13 @@ template <class T> class RankSums {
   void deliver(const Array& out, T* du, const T* u, const T* norms, const int64_t* order, const int64_t* cycles,
                int64_t cycle_count) const {
     if (!du) return;
-    const T factor = T(1 / p_.temperature);
+    const T factor = finite(1 / p_.temperature);
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < out.rows; ++p) {
       T* row = du + p * d_;
       if (p_.normalize) project_row(row, u + p * d_, norms[p], d_);
       for (int64_t k = 0; k < d_; ++k) row[k] *= factor;
-      if (row < out.data || row >= out.as<T>() + out.rows * d_)
+      if (du != out.data)
         with_type<T>(out, [&](auto* data) {
           for (int64_t k = 0; k < d_; ++k) narrow(row[k], data[order[p] * d_ + k]);
         });

@@ -1,4 +1,4 @@
-// rank_sums on the CPU. setup.cpp checks, lays out and allocates; rank_sums.cpp, once per instruction set, computes.
+// rank_sums on the CPU. rank_sums_setup.cpp checks, lays out and allocates; rank_sums.cpp, once per instruction set, computes.
 #pragma once
 #include "../common/array.h"
 #include "../common/class_layout.h"

@@ -19,6 +19,7 @@ void check_problem(const RankSumsProblem& p) {
   check(p.count, "count", 1, p.x.rows, DType::i64);
   require(!p.symmetric || (p.y.rows == p.x.rows && p.y.data == p.x.data), "y", "not x itself");
   require(p.symmetric || !p.exclude_self, "exclude_self", "needs gallery = batch");
+  require(p.x.cols > 0, "x", "no columns");
   require(p.temperature > 0, "temperature", "must be positive");
   require(p.threads >= 1, "threads", "must be at least 1");
 }

@@ -91,7 +91,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 _chosen = threading.local()
-_environment = os.environ.get("FASTRET_IMPL", AUTO)
+_environment = os.environ.get("FASTRET_IMPL") or AUTO
 
 
 def _check_name(name: object, where: str) -> str:

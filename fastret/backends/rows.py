@@ -16,10 +16,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_norms(x: Tensor) -> Tensor:
     """(N, 1) divisors max(||x_i||, eps), exact also where the sum of squares would overflow or underflow."""
     wide = x.to(accumulation_dtype(x.dtype))
-    largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
+    # a constant factor to autograd: the norm does not depend on it
+    largest = wide.detach().abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
     safe = torch.where(largest > 0, largest, 1)  # NaN stays NaN through `wide`
     norms: Tensor = torch.linalg.vector_norm(wide / safe, dim=1, keepdim=True) * largest
     return norms.clamp_min(NORM_EPS)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows over their norms, in the accumulation dtype; differentiable."""
+    return x.to(accumulation_dtype(x.dtype)) / row_norms(x)
 
 
 def poison(*rows: Tensor) -> Tensor:

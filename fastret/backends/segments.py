@@ -28,6 +28,7 @@ class Segments:
 
 def label_segments(labels: Tensor, y_labels: Tensor | None = None) -> Segments:
     """Segments of a gallery with ``y_labels`` (M,) for queries with ``labels`` (N,); without, of the batch itself."""
+    labels = labels.contiguous()  # searchsorted would copy it, and warn
     ordered, order = torch.sort(labels if y_labels is None else y_labels, stable=True)
     start = torch.searchsorted(ordered, labels)
     return Segments(order, start, torch.searchsorted(ordered, labels, right=True) - start)

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastret.backends.rows import poison
 from fastret.losses.reduction import check_reduction, reduce_valid
 from fastret.ops import checks
 from fastret.ops.rank_sums import rank_sums, sum_by_query
@@ -38,7 +39,8 @@ def smooth_ap(
         embeddings: (N, D) queries.
         labels: (N,) integers, any values in any order.
         temperature: tau > 0 of the sigmoids, in units of the score; a 0-dim tensor receives a gradient.
-        include_self: the query is among its own positives and competitors, as in the official code.
+        include_self: the query is among its own positives and competitors, as in the official code. With ref_emb it
+            has no effect: nothing of a gallery is the query.
         ref_emb: (M, D) gallery; None: the batch itself. Nothing of it is excluded.
         ref_labels: (M,) integers, given exactly when ref_emb is.
         samples_per_class: positives of each query where all have equally many (itself counted where gallery = batch):
@@ -74,7 +76,9 @@ def smooth_ap(
     else:
         total = precision.view(-1, samples_per_class).sum(1)
     positives = ranks.counts - 1 if exclude_self else ranks.counts
-    return reduce_valid(1 - total / positives.clamp_min(1), positives > 0, reduction)
+    # a batch without any positive pair reaches no kernel: NaN must show there too
+    nothing = poison(embeddings) if ref_emb is None else poison(embeddings, ref_emb)
+    return reduce_valid(1 - total / positives.clamp_min(1) + nothing, positives > 0, reduction)
 
 
 class SmoothAP(nn.Module):
@@ -158,7 +162,12 @@ class SmoothAP(nn.Module):
             if ref_emb is not None:
                 raise ValueError("labels: expected labels of the queries where ref_emb is given, got None")
             checks.check_rows(preds, "preds")
-            samples_per_class = self._block(preds.shape[0])
+            block = self._block(preds.shape[0])
+            if samples_per_class not in (None, block):
+                raise ValueError(
+                    f"samples_per_class: expected {block}, as batch_size and num_id say, got {samples_per_class}"
+                )
+            samples_per_class = block
             labels = torch.arange(preds.shape[0], device=preds.device) // samples_per_class
         return smooth_ap(
             preds,
@@ -181,11 +190,13 @@ class SmoothAP(nn.Module):
             )
         block = (rows if self.batch_size is None else self.batch_size) // self.num_id
         if block == 0 or rows % block or (self.batch_size is None and block * self.num_id != rows):
+            wanted = self.num_id if self.batch_size is None else max(block, 1)
             raise ValueError(
-                f"preds: expected a multiple of {max(block, 1)} rows "
+                f"preds: expected a multiple of {wanted} rows "
                 f"(batch_size = {self.batch_size}, num_id = {self.num_id}), got {rows}"
             )
         return block
 
     def extra_repr(self) -> str:
-        return f"anneal={self.anneal}, include_self={self.include_self}, reduction={self.reduction!r}"
+        names = ("anneal", "include_self", "normalize", "reduction", "samples_per_class", "impl")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -58,8 +58,8 @@ def check_positive(value: float | Tensor, name: str) -> None:
                 f"{name}: expected a number or a 0-dim floating point tensor, got {value.dtype} {tuple(value.shape)}"
             )
         readable = value.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_wrapped(value)
-        if readable and not value.item() > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value.item()}")
+        if readable and not 0 < value.item() < math.inf:
+            raise ValueError(f"{name}: expected a positive finite number, got {value.item()}")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

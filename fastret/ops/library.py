@@ -19,8 +19,13 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """Registers an operator for every device (the implementation dispatches further) and its shape function."""
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     name = schema.partition("(")[0]
+
+    def in_full_precision(*arguments: Any) -> Any:
+        with torch._C._DisableAutocast():  # rows come in the dtype they are to be worked in
+            return implementation(*arguments)
+
     for device in _DEVICES:
-        _library.impl(name, implementation, device)
+        _library.impl(name, in_full_precision, device)
     torch.library.register_fake(f"fastret::{name}", fake, lib=_library)
 
 

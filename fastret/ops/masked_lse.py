@@ -83,9 +83,10 @@ def masked_lse(
     chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
     flat = flatten(heads, accumulation_dtype(x.dtype))
     if chosen == "reference":
-        return reference.masked_lse(
-            x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.masked_lse(
+                x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
+            )
     results = _MaskedLse.apply(
         x,
         y,

@@ -52,9 +52,10 @@ def masked_lse_sum(
     chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
     flat = flatten((head,), wide)
     if chosen == "reference":
-        ((lse, t),) = reference.masked_lse(
-            x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            ((lse, t),) = reference.masked_lse(
+                x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
+            )
         return weighted_sum(lse, t, row_weight)
     need = [checks.wants_gradient(t) for t in (x, y, flat.scale, flat.row_bias, flat.column_bias)]
     result, *_ = _MaskedLseSum.apply(

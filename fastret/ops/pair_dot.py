@@ -59,7 +59,8 @@ def pair_dot(
     row, column = row.to(torch.int64), column.to(torch.int64)
     chosen = registry.resolve("pair_dot", x.device.type, x.dtype, impl)
     if chosen == "reference":
-        return reference.pair_dot(x, y, row, column, normalize=normalize)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.pair_dot(x, y, row, column, normalize=normalize)
     scores: Tensor = _PairDot.apply(x, y, row, column, normalize, chosen)
     return scores
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastret.backends import registry
 from fastret.backends.reference import rank_sums as reference
-from fastret.backends.rows import accumulation_dtype
+from fastret.backends.rows import accumulation_dtype, unit_rows
 from fastret.backends.segments import Segments, label_segments
 from fastret.ops import checks
 from fastret.ops.library import define, refuse
@@ -86,13 +86,16 @@ def rank_sums(
         shared, label_type = torch.promote_types(x.dtype, y.dtype), torch.promote_types(labels.dtype, y_labels.dtype)
         x, y = x.to(shared), y.to(shared)
         labels, y_labels = labels.to(label_type), y_labels.to(label_type)
+        # dynamo takes no tensor twice in one Function
+        y, y_labels = (y.view_as(y) if y is x else y), (y_labels.view_as(y_labels) if y_labels is labels else y_labels)
     checks.check_positive(temperature, "temperature")
     checks.check_count(samples_per_class, "samples_per_class")
     chosen = registry.resolve("rank_sums", x.device.type, x.dtype, impl)
     if chosen == "reference":
-        ranks = reference.rank_sums(
-            x, y, labels, y_labels, temperature=temperature, exclude_self=exclude_self, normalize=normalize
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            ranks = reference.rank_sums(
+                x, y, labels, y_labels, temperature=temperature, exclude_self=exclude_self, normalize=normalize
+            )
         _, _, count = segments_of(labels, y_labels, samples_per_class)
         return RankSums(*ranks, count)
     if isinstance(temperature, Tensor):
@@ -114,7 +117,7 @@ def _scaled(x: Tensor, y: Tensor | None, temperature: Tensor, normalize: bool) -
 
     def scale(rows: Tensor) -> Tensor:
         wide = rows.to(accumulation_dtype(rows.dtype))
-        return (torch.nn.functional.normalize(wide) if normalize else wide) * temperature.to(wide).rsqrt()
+        return (unit_rows(wide) if normalize else wide) * temperature.to(wide).rsqrt()
 
     return scale(x), None if y is None else scale(y)
 

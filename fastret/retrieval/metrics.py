@@ -134,7 +134,8 @@ def _rankings(
     queries, rows = queries.to(shared), rows.to(shared)
     block = max(1, BUDGET // max(1, len(rows)))
     for begin in range(0, len(queries), block):
-        scores = queries[begin : begin + block] @ rows.T
+        with torch.autocast(rows.device.type, enabled=False):  # ranks want the precision the rows came in
+            scores = queries[begin : begin + block] @ rows.T
         if gallery is None:
             scores.diagonal(begin).fill_(-torch.inf)  # the query itself comes last, to be cut off below
         # Stable: among equal scores the lower index stays first.

@@ -14,6 +14,7 @@ import torch
 
 from fastret import _C
 from fastret.backends import cpu
+from fastret.backends.cpu import rank_sums
 from fastret.backends.cpu.array import ArrayTuple, array
 from fastret.backends.segments import label_segments
 from fastret.functional import smooth_ap
@@ -97,6 +98,65 @@ def test_plan(n: int, threads: int) -> None:
     assert rows % 32 == 0
     assert 32 <= rows <= 256
     assert n < 64 * threads or -(-n // rows) >= 2 * threads or threads == 1, "a round leaves threads idle"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_rows_in_and_gradients_out_are_converted_exactly(dtype: torch.dtype) -> None:
+    """Every half number as a row: its gradient is that of the same number in float32, rounded as PyTorch rounds."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    options = {"temperature": 50.0, "exclude_self": False, "normalize": False, "need_x": True, "need_y": False}
+    for rows in numbers[numbers.isfinite()][:, None].split(1024):
+        segments = label_segments(torch.arange(len(rows)) // 4)
+        pairs = int(segments.count.sum())
+        weights = torch.randn(pairs) * torch.logspace(-9, 6, pairs)  # gradients of every size, subnormal ones too
+        half, _ = rank_sums.backward(weights, -weights, rows, None, segments, **options)
+        wide, _ = rank_sums.backward(weights, -weights, rows.float(), None, segments, **options)
+        assert torch.equal(half, wide.to(dtype)) or torch.equal(half.isnan(), wide.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_gradients_wherever_memory_lies(dtype: torch.dtype) -> None:
+    """Small outputs and buffers that malloc places side by side, in every order: each row must still be written."""
+    generator, kept = torch.Generator().manual_seed(0), []
+    for trial in range(400):
+        n, d = 4 + trial % 37, 1 + trial % 101
+        kept = [*kept[-5:], torch.empty(int(torch.randint(1, 4000, (), generator=generator)))]
+        x = torch.randn(n, d, generator=generator).to(dtype)
+        segments = label_segments(torch.arange(n) // 3)
+        g = torch.randn(int(segments.count.sum()), generator=generator)
+        options = {"temperature": 0.5, "exclude_self": False, "normalize": True, "need_x": True, "need_y": False}
+        half, _ = rank_sums.backward(g, g, x, None, segments, **options)
+        wide, _ = rank_sums.backward(g, g, x.float(), None, segments, **options)
+        assert torch.equal(half, wide.to(dtype)), trial
+
+
+def test_rows_that_share_memory() -> None:
+    x = torch.randn(1, 5).expand(6, 5)
+    labels = torch.arange(6) // 2
+    torch.testing.assert_close(smooth_ap(x, labels, impl="cpu"), smooth_ap(x.clone(), labels, impl="reference"))
+
+
+def test_a_blas_that_is_wrong_is_not_used() -> None:
+    code = (
+        "import ctypes, fastret\n"
+        "from fastret.backends import cpu\n"
+        "wrong = ctypes.CDLL(None).getpid\n"
+        "cpu._address = lambda library, symbol: ctypes.cast(wrong, ctypes.c_void_p).value\n"
+        "assert 'cpu' in fastret.available_backends()\n"
+        "print(cpu.describe())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "FASTRET_GEMM"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "own micro-kernel" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e39, 1e300])
+def test_any_temperature(temperature: float) -> None:
+    x, labels = torch.randn(20, 6, requires_grad=True), torch.arange(20) // 4
+    loss = smooth_ap(x, labels, temperature=temperature, impl="cpu")
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
 
 
 def test_memory_that_malloc_returns_dirty() -> None:

@@ -175,6 +175,49 @@ def test_integer_labels_of_any_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(smooth_ap(x, labels.to(dtype)), smooth_ap(x, labels))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(impl: str, dtype: torch.dtype) -> None:
+    x, labels = torch.randn(40, 6).to(dtype).requires_grad_(), torch.arange(40) // 4
+    expected = smooth_ap(x, labels, impl=impl)
+    (gradient,) = torch.autograd.grad(expected, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = smooth_ap(x, labels, impl=impl)
+        (under_autocast,) = torch.autograd.grad(loss, x)
+    assert torch.equal(loss, expected)
+    if impl != "reference":  # PyTorch differentiates that one, and autocasts the products of its backward
+        assert torch.equal(under_autocast, gradient)
+
+
+def test_labels_of_different_integer_dtypes() -> None:
+    x, y, labels = torch.randn(12, 4, dtype=F64), torch.randn(8, 4, dtype=F64), torch.arange(12) % 5
+    wide = smooth_ap(x, labels, ref_emb=y, ref_labels=labels[:8])
+    mixed = smooth_ap(x, labels.to(torch.uint8), ref_emb=y, ref_labels=labels[:8].to(torch.int16))
+    torch.testing.assert_close(mixed, wide)
+
+
+def test_include_self_has_no_effect_on_a_gallery() -> None:
+    x, labels = torch.randn(12, 4, dtype=F64), torch.arange(12) // 3
+    options = {"ref_emb": x, "ref_labels": labels}
+    torch.testing.assert_close(
+        smooth_ap(x, labels, include_self=False, **options), smooth_ap(x, labels, include_self=True, **options)
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["query", "gallery"])
+@pytest.mark.parametrize("matched", [True, False])
+def test_bad_values_show_where_no_positive_sees_them(impl: str, bad: float, where: str, matched: bool) -> None:
+    """Raw dot products with an infinite row are infinite: bounded sigmoids of them look harmless."""
+    x, y = torch.randn(5, 4), torch.randn(7, 4)
+    (x if where == "query" else y)[3] = bad
+    labels = torch.tensor([0, 1, 2, 9, 1])
+    y_labels = torch.tensor([0, 1, 2, 8, 0, 1, 2]) if matched else torch.full((7,), 7)
+    loss = smooth_ap(x, labels, ref_emb=y, ref_labels=y_labels, normalize=False, temperature=0.1, impl=impl)
+    assert loss.isnan()
+
+
 def test_autocast_and_mixed_dtypes() -> None:
     net, labels = torch.nn.Linear(6, 8), torch.arange(12) // 3
     x, y = torch.randn(12, 6), torch.randn(9, 8)
@@ -188,7 +231,7 @@ def test_autocast_and_mixed_dtypes() -> None:
     assert net.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["official", "labels", "no gradient", "dynamic"])
+@pytest.mark.parametrize("kind", ["official", "labels", "no gradient", "dynamic", "gallery"])
 def test_compiles_without_a_graph_break(kind: str) -> None:
     torch._dynamo.reset()
     labels = torch.tensor([0, 1, 1, 2, 0, 5] * 4)
@@ -196,8 +239,9 @@ def test_compiles_without_a_graph_break(kind: str) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=kind == "dynamic" or None)
     for n in (24, 48) if kind == "dynamic" else (24,):
         x = torch.randn(n, 5, dtype=F64, requires_grad=kind != "no gradient")
-        given = (x, labels) if kind == "labels" else (x,)
-        loss, expected = compiled(*given), module(*given)
+        given = (x, labels) if kind in ("labels", "gallery") else (x,)
+        other = {"ref_emb": x, "ref_labels": labels} if kind == "gallery" else {}
+        loss, expected = compiled(*given, **other), module(*given, **other)
         torch.testing.assert_close(loss, expected)
         if kind != "no gradient":
             torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
@@ -275,7 +319,11 @@ BAD_CALLS = {
         ValueError,
         "preds: expected a multiple of 4 rows.*got 6",
     ),
-    "batch not divisible by num_id": (lambda: fastret.SmoothAP(num_id=4)(X), ValueError, "preds: expected a multiple"),
+    "batch not divisible by num_id": (
+        lambda: fastret.SmoothAP(num_id=4)(X),
+        ValueError,
+        "preds: expected a multiple of 4 rows.*got 6",
+    ),
     "neither labels nor num_id": (
         lambda: fastret.SmoothAP(batch_size=6)(X),
         ValueError,

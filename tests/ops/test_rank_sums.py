@@ -274,6 +274,8 @@ def test_finite_rows_of_any_length(impl: str, scale: float) -> None:
     small = scale < 1e-12  # shorter than the eps of the normalisation: the rows count as zero in float32's eyes
     actual = values_and_gradients(x * scale, labels, None, None, temperature=0.1, impl=impl)
     expected = values_and_gradients((x * scale).to(F64), labels, None, None, temperature=0.1, impl="reference")
+    tau = torch.tensor(0.1)
+    torch.testing.assert_close(rank_sums(x * scale, labels, temperature=tau, impl=impl)[0], actual[0])
     for a, e in zip(actual, expected, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a.to(F64), e, rtol=1e-3, atol=1e-4 * e.abs().max().item() + (1e-30 if small else 0))

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit_rows
 
 from fastret.backends.pairs import Block, Head
-from fastret.backends.rows import NORM_EPS, accumulation_dtype, poison
+from fastret.backends.rows import accumulation_dtype, poison, unit_rows
 
 
 def masked_lse(
@@ -30,7 +29,7 @@ def score_block(x: Tensor, y: Tensor, width: int | None, normalize: bool) -> Ten
     """(N, M) scores of the first ``width`` features."""
     x, y = (rows.to(accumulation_dtype(rows.dtype))[:, :width] for rows in (x, y))
     if normalize:
-        x, y = unit_rows(x, eps=NORM_EPS), unit_rows(y, eps=NORM_EPS)
+        x, y = unit_rows(x), unit_rows(y)
     return x @ y.T
 
 

@@ -1,9 +1,8 @@
 """pair_dot as it is defined: both rows of every pair gathered."""
 
 from torch import Tensor
-from torch.nn.functional import normalize as unit_rows
 
-from fastret.backends.rows import NORM_EPS, accumulation_dtype
+from fastret.backends.rows import accumulation_dtype, unit_rows
 
 
 def pair_dot(x: Tensor, y: Tensor | None, row: Tensor, column: Tensor, *, normalize: bool) -> Tensor:
@@ -11,5 +10,5 @@ def pair_dot(x: Tensor, y: Tensor | None, row: Tensor, column: Tensor, *, normal
     y = x if y is None else y
     x, y = (rows.to(accumulation_dtype(rows.dtype)) for rows in (x, y))
     if normalize:
-        x, y = unit_rows(x, eps=NORM_EPS), unit_rows(y, eps=NORM_EPS)
+        x, y = unit_rows(x), unit_rows(y)
     return (x[row] * y[column]).sum(1)

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit_rows
 
-from fastret.backends.rows import NORM_EPS, accumulation_dtype, poison
+from fastret.backends.rows import accumulation_dtype, poison, unit_rows
 
 
 def rank_sums(
@@ -27,7 +26,7 @@ def rank_sums(
     y = x if y is None else y.to(dtype)
     y_labels = labels if y_labels is None else y_labels
     if normalize:
-        x, y = unit_rows(x, eps=NORM_EPS), unit_rows(y, eps=NORM_EPS)
+        x, y = unit_rows(x), unit_rows(y)
     scores = x @ y.T
     same = labels[:, None] == y_labels[None, :]
     query, positive = same.nonzero(as_tuple=True)
@@ -39,8 +38,7 @@ def rank_sums(
     step = torch.where(competes, step, 0)
     rank_all = 1 + step.sum(1)
     rank_pos = 1 + (step * same[query]).sum(1)
-    rank_all, rank_pos = rank_all + poison(x, y), rank_pos + poison(x, y)
     if exclude_self:
         own = query == positive
         rank_all, rank_pos = torch.where(own, 1, rank_all), torch.where(own, 0, rank_pos)
-    return rank_all, rank_pos
+    return rank_all + poison(x, y), rank_pos + poison(x, y)
