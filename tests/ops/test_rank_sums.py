@@ -267,6 +267,18 @@ def test_bad_values_are_never_hidden(impl: str, bad: float, normalize: bool, gal
     assert (r.rank_pos / r.rank_all).mean().isnan()
 
 
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+@pytest.mark.parametrize("where", ["query", "gallery"])
+def test_infinity_shows_where_no_positive_sees_it(impl: str, where: str) -> None:
+    """Scores of a row with an infinity are infinite, and bounded sigmoids of them look harmless."""
+    x, y = torch.ones(3, 2), torch.ones(4, 2)
+    (x if where == "query" else y)[2] = math.inf  # of a label that the other side lacks
+    labels, y_labels = torch.tensor([0, 1, 8]), torch.tensor([0, 1, 9, 1])
+    r = rank_sums(x, labels, y, y_labels, temperature=0.1, normalize=False, impl=impl)
+    assert r.rank_all.isnan().all()
+    assert r.rank_pos.isnan().all()
+
+
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
 def test_finite_rows_of_any_length(impl: str, scale: float) -> None:
