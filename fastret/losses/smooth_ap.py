@@ -87,8 +87,9 @@ class SmoothAP(nn.Module):
     L = 1 - mean over queries q of 1 / |P_q| sum over i in P_q of rank_pos[q, i] / rank_all[q, i], where rank_all
     (rank_pos) is 1 + the sum over all other rows (other positives) j of sigmoid((s_qj - s_qi) / anneal).
 
-    Cost: N M G sigmoids and one matmul forward, twice that backward, for G positives a query. Memory: sorted copies of
-    the rows; kept for backward: two floats a positive pair. Nothing is N x N, where the official code is N x N x N.
+    Cost for G positives a query: N M G sigmoids and one product of the rows forward, as many sigmoids and three
+    products backward; where gallery = batch, half of those products. Memory: sorted copies of the rows; kept for
+    backward: two floats a positive pair. Nothing is N x N, where the official code is N x N x N.
 
     Args:
         anneal: temperature tau > 0 of the sigmoids, in units of the score; a 0-dim tensor receives a gradient.

@@ -111,7 +111,7 @@ def test_half_rows_in_and_gradients_out_are_converted_exactly(dtype: torch.dtype
         weights = torch.randn(pairs) * torch.logspace(-9, 6, pairs)  # gradients of every size, subnormal ones too
         half, _ = rank_sums.backward(weights, -weights, rows, None, segments, **options)
         wide, _ = rank_sums.backward(weights, -weights, rows.float(), None, segments, **options)
-        assert torch.equal(half, wide.to(dtype)) or torch.equal(half.isnan(), wide.isnan())
+        torch.testing.assert_close(half, wide.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
