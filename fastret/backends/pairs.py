@@ -171,13 +171,14 @@ Target = Indexed | Shifted | Masked | Circulant | Dense
 
 @dataclass(frozen=True)
 class Head:
-    """One log-sum-exp over the pair matrix; several share one product of rows.
+    """One log-sum-exp, or sum, over the pair matrix; several share one product of rows.
 
     Logits l_ij = scale s_ij + row_bias_i + column_bias_j of scores s = <x_i, y_j> (unit rows where normalised).
 
     Attributes:
         scale: a number, or a 0-dim tensor that receives a gradient.
-        mask: pairs in the log-sum-exp; all where none is given. Targets are not restricted by it.
+        reduce: "lse", or a name of ``fastret.backends.phi``: then the sum of phi(l_ij) takes the place of the lse.
+        mask: pairs that are reduced; all where none is given. Targets are not restricted by it.
         target: Y; None: t is 0.
         smoothing: Y becomes (1 - smoothing) Y + smoothing / columns, of the whole matrix's number of columns.
         row_bias, column_bias: (N,), (M,) that receive gradients.
@@ -194,6 +195,7 @@ class Head:
     column_bias: Tensor | None = None
     axis: str = "row"
     width: int | None = None
+    reduce: str = "lse"
 
     def __post_init__(self) -> None:
         if self.mask is None:

@@ -4,7 +4,9 @@ from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Masked, Pair
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
 from fastret.ops.pair_dot import pair_dot, positive_pairs
+from fastret.ops.pair_sums import pair_sums
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
+from fastret.ops.row_extrema import row_extrema
 
 __all__ = [
     "Circulant",
@@ -18,7 +20,9 @@ __all__ = [
     "masked_lse",
     "masked_lse_sum",
     "pair_dot",
+    "pair_sums",
     "positive_pairs",
     "rank_sums",
+    "row_extrema",
     "sum_by_query",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastret.backends import phi
 from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Masked, PairMask, Shifted
 
 _TYPES = {t.__name__: t for t in (PairMask, Indexed, Shifted, Masked, Circulant, Dense)}
@@ -163,6 +164,8 @@ def check_heads(heads: Sequence[Head], x: Tensor, y: Tensor) -> None:
             raise ValueError(f"{where}.axis: expected 'row' or 'column', got {head.axis!r}")
         if head.width is not None and not 1 <= head.width <= x.shape[1]:
             raise ValueError(f"{where}.width: expected 1 to {x.shape[1]}, the width of x, got {head.width}")
+        if head.reduce not in ("lse", *phi.NAMES):
+            raise ValueError(f"{where}.reduce: expected 'lse' or one of {', '.join(phi.NAMES)}, got {head.reduce!r}")
         if not 0 <= head.smoothing <= 1:
             raise ValueError(f"{where}.smoothing: expected a number from 0 to 1, got {head.smoothing}")
         if isinstance(head.scale, Tensor):

@@ -9,7 +9,8 @@ an allowed pair has lse = -inf and no gradient. With P = exp(l - lse) and upstre
 
     W_ij = g_i P_ij + h_i Y_ij,   dS = scale W,   d scale = sum of W s,   d a = row sums of W,   d b = column sums of W
 
-and dX = dS Y, dY = dS^T X; y = None: dX = (dS + dS^T) X. All heads share one product of rows in each direction.
+and dX = dS Y, dY = dS^T X; y = None: dX = (dS + dS^T) X. All heads share one product of rows in each direction. A head
+may sum phi(l_ij) of ``fastret.backends.phi`` in place of the lse: then P = phi'(l) (``fastret.ops.pair_sums``).
 
 Cost: N M D products forward, and three times that backward (twice where one side is detached). Kept for backward: the
 rows, what the heads refer to, and lse: O(N + M), nothing N x M.
@@ -26,6 +27,7 @@ The interface of an implementation, ``fastret.backends.*.masked_lse`` (types in 
   dtype (scale 0-dim, biases, thresholds, weights); what stands one per column has M entries.
 - first_column: number of the first of the M columns in a whole matrix of ``columns``: column numbers in heads
   (index, offset, period) count from there; the pieces' lse merge by logaddexp, their t by addition.
+- a head that sums phi has that sum where others have lse; the pieces of columns add.
 - need: which gradients; scale and bias gradients are those of heads that have such tensors. With y None, dx is that of
   both sides. A gradient has the dtype of its rows, scale and biases that of accumulation.
 - NaN or infinity anywhere in x or y makes every result NaN. A row without an allowed pair contributes nothing through

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastret.backends import phi
 from fastret.backends.pairs import Block, Head
 from fastret.backends.rows import accumulation_dtype, poison, unit_rows
 
@@ -12,8 +13,8 @@ from fastret.backends.rows import accumulation_dtype, poison, unit_rows
 def masked_lse(
     x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """(lse, t) of each head: lse = log sum of exp over allowed logits (-inf, and no gradient, where there are none),
-    t = sum of Y l. Differentiable by autograd, twice."""
+    """(lse, t) of each head: lse = log sum of exp over allowed logits (-inf, and no gradient, where there are none), or
+    the sum of the head's phi over them; t = sum of Y l. Differentiable by autograd, twice."""
     y = x if y is None else y
     nothing = poison(x, y)
     block = Block(0, len(x), 0, len(y), first_column)
@@ -44,14 +45,22 @@ def head_of_block(scores: Tensor, head: Head, b: Block, columns: int) -> tuple[T
     allowed = head.mask.block(b, scores.detach())
     if allowed is None:
         allowed = torch.ones_like(scores, dtype=torch.bool)
-    any_allowed = allowed.any(over, keepdim=True)
-    # a row without a pair: log 0, and no gradient, rather than 0 / 0
-    kept = torch.where(allowed, logits, -torch.inf)
-    safe = torch.where(any_allowed, kept, 0).logsumexp(over)
-    lse = torch.where(any_allowed.squeeze(over), safe, -torch.inf)
-    t = torch.zeros_like(lse)
+    if head.reduce == "lse":
+        reduced = _log_sum_exp(logits, allowed, over)
+    else:
+        # what is not allowed takes a number whose slope is finite: 0 times infinity would be NaN
+        reduced = torch.where(allowed, phi.value(head.reduce, torch.where(allowed, logits, -1)), 0).sum(over)
+    t = torch.zeros_like(reduced)
     if head.target is not None:
         t = (logits * head.target.block(b, scores.detach())).sum(over) * (1 - head.smoothing)
     if head.smoothing:
         t = t + head.smoothing / columns * logits.sum(over)
-    return lse, t
+    return reduced, t
+
+
+def _log_sum_exp(logits: Tensor, allowed: Tensor, over: int) -> Tensor:
+    any_allowed = allowed.any(over, keepdim=True)
+    # a row without a pair: log 0, and no gradient, rather than 0 / 0
+    kept = torch.where(allowed, logits, -torch.inf)
+    safe = torch.where(any_allowed, kept, 0).logsumexp(over)
+    return torch.where(any_allowed.squeeze(over), safe, -torch.inf)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastret.backends import phi
 from fastret.backends.pairs import Block, Gradients, Head, Need
 from fastret.backends.rows import PackedRows, accumulation_dtype, pack_rows, poison
 
@@ -15,7 +16,7 @@ Grads = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """One block of the pair matrix; ``x`` and ``y`` are its rows and columns, packed, by feature width."""
 
     block: Block
@@ -32,8 +33,8 @@ class _Tile:
         return self.rows if axis == "row" else self.columns
 
 
-def _tiles(x: Tensor, y: Tensor, heads: Sequence[Head], normalize: bool, first_column: int) -> Iterator[_Tile]:
-    widths = {head.width for head in heads}
+def tiles(x: Tensor, y: Tensor, widths: set[int | None], normalize: bool, first_column: int) -> Iterator[Tile]:
+    """The pair matrix in tiles, rows by rows; the same grid for every op and direction."""
 
     def pack(rows: Tensor) -> dict[int | None, PackedRows]:
         order = torch.arange(len(rows), device=rows.device)
@@ -45,7 +46,7 @@ def _tiles(x: Tensor, y: Tensor, heads: Sequence[Head], normalize: bool, first_c
         for j in range(0, len(y), COLUMNS):
             columns = slice(j, min(len(y), j + COLUMNS))
             block = Block(i, rows.stop - i, j, columns.stop - j, first_column)
-            yield _Tile(block, rows, columns, packed, pack(y[columns]))
+            yield Tile(block, rows, columns, packed, pack(y[columns]))
 
 
 def _logits(scores: Tensor, head: Head, b: Block) -> Tensor:
@@ -63,6 +64,12 @@ def _allowed(logits: Tensor, scores: Tensor, head: Head, b: Block) -> Tensor:
     return logits if mask is None else torch.where(mask, logits, -torch.inf)
 
 
+def _only(values: Tensor, scores: Tensor, head: Head, b: Block) -> Tensor:
+    """Values with 0 where the mask forbids."""
+    mask = head.mask.block(b, scores)
+    return values if mask is None else torch.where(mask, values, 0)
+
+
 def _target(scores: Tensor, head: Head, b: Block, columns: int) -> Tensor | None:
     """Y of a tile, smoothed; None where it is all zeros."""
     if head.target is None and not head.smoothing:
@@ -78,8 +85,12 @@ def forward(
     gallery = x if y is None else y
     sizes = {"row": len(x), "column": len(gallery)}
     empty = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
-    results = [(empty.new_full((sizes[h.axis],), -torch.inf), empty.new_zeros(sizes[h.axis])) for h in heads]
-    for tile in _tiles(x, gallery, heads, normalize, first_column):
+    start = [-torch.inf if h.reduce == "lse" else 0.0 for h in heads]
+    results = [
+        (empty.new_full((sizes[h.axis],), first), empty.new_zeros(sizes[h.axis]))
+        for h, first in zip(heads, start, strict=True)
+    ]
+    for tile in tiles(x, gallery, {h.width for h in heads}, normalize, first_column):
         for width in tile.x:
             scores = tile.scores(width)
             for head, (lse, t) in zip(heads, results, strict=True):
@@ -90,8 +101,11 @@ def forward(
                 target = _target(scores, head, tile.block, columns)
                 if target is not None:
                     t[side] += (logits * target).sum(over)
-                part = _allowed(logits, scores, head, tile.block).logsumexp(over)
-                lse[side] = torch.logaddexp(lse[side], part)
+                if head.reduce == "lse":
+                    part = _allowed(logits, scores, head, tile.block).logsumexp(over)
+                    lse[side] = torch.logaddexp(lse[side], part)
+                else:
+                    lse[side] += _only(phi.value(head.reduce, logits), scores, head, tile.block).sum(over)
     nothing = poison(x, gallery)
     return [(lse + nothing, t + nothing) for lse, t in results]
 
@@ -125,7 +139,7 @@ def backward(
         zeros(need.row_bias, [h.row_bias for h in heads]),
         zeros(need.column_bias, [h.column_bias for h in heads]),
     )
-    for tile in _tiles(x, gallery, heads, normalize, first_column):
+    for tile in tiles(x, gallery, {h.width for h in heads}, normalize, first_column):
         for width in tile.x:
             scores = tile.scores(width)
             slope = torch.zeros_like(scores)
@@ -147,20 +161,23 @@ def backward(
 
 
 def _pair_weights(
-    scores: Tensor, head: Head, tile: _Tile, grads: tuple[Tensor, Tensor], lse: Tensor, columns: int
+    scores: Tensor, head: Head, tile: Tile, grads: tuple[Tensor, Tensor], lse: Tensor, columns: int
 ) -> Tensor:
     """W_ij of one head."""
     over = 1 if head.axis == "row" else 0
     g, h, total = (t[tile.side(head.axis)].unsqueeze(over) for t in (*grads, lse))
-    logits = _allowed(_logits(scores, head, tile.block), scores, head, tile.block)
-    none = total == -torch.inf
-    probability = logits.sub_(torch.where(none, 0, total)).exp_()
-    weight = probability.mul_(torch.where(none, 0, g))
+    logits = _logits(scores, head, tile.block)
+    if head.reduce == "lse":
+        none = total == -torch.inf
+        probability = _allowed(logits, scores, head, tile.block).sub_(torch.where(none, 0, total)).exp_()
+        weight = probability.mul_(torch.where(none, 0, g))
+    else:
+        weight = _only(phi.slope(head.reduce, logits), scores, head, tile.block) * g
     target = _target(scores, head, tile.block, columns)
     return weight if target is None else weight.addcmul_(target, h.expand_as(target))
 
 
-def _add_scalars(result: Gradients, k: int, weight: Tensor, scores: Tensor, tile: _Tile) -> None:
+def _add_scalars(result: Gradients, k: int, weight: Tensor, scores: Tensor, tile: Tile) -> None:
     """The tile's part of the gradients of scale and biases."""
     for gradient, part, where in (
         (result.scale[k], lambda: (weight * scores).sum(), ...),
