@@ -19,7 +19,7 @@ TargetTuple = tuple[
     float,
     float,
 ]
-HeadTuple = tuple[float, bool, MaskTuple, TargetTuple, ArrayTuple | None, ArrayTuple | None]
+HeadTuple = tuple[float, bool, MaskTuple, TargetTuple, ArrayTuple | None, ArrayTuple | None, int]
 ParameterTuple = tuple[ArrayTuple | None, ArrayTuple | None, ArrayTuple | None]
 
 def rank_sums_forward(
@@ -88,6 +88,16 @@ def masked_lse_sweep(
     dx: ArrayTuple | None,
     dy: ArrayTuple | None,
     gradients: ParameterTuple,
+    /,
+) -> None: ...
+def row_extrema(
+    x: ArrayTuple,
+    y: ArrayTuple | None,
+    extrema: list[tuple[bool, MaskTuple]],
+    normalize: bool,
+    first_column: int,
+    threads: int,
+    results: list[tuple[ArrayTuple, ArrayTuple]],
     /,
 ) -> None: ...
 def sweep_plan(n: int, m: int, item_bytes: int, threads: int, /) -> tuple[int, int, int]: ...

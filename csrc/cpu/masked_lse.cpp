@@ -1,4 +1,5 @@
-// masked_lse by tiles: forward keeps a running maximum and sum per row (and per column, for heads over columns);
+// masked_lse by tiles: forward keeps a running maximum and sum per row (and per column, for heads over columns), or
+// the sum of a phi, or the greatest logit;
 // backward multiplies the same tiles again and turns scores into dL/dS in place, for all heads at once.
 //
 // Where y is x, S is symmetric: only block pairs I > J are multiplied. The tile holds the pairs (I, J) and, transposed,
@@ -9,6 +10,7 @@
 #include "gemm.h"
 #include "pack.h"
 #include "pair_rows.h"
+#include "phi.h"
 #include "tiles.h"
 
 FASTRET_ISA_BEGIN
@@ -101,14 +103,20 @@ template <class T> class MaskedLse {
   void reduce_side(const Side& side, const ThreadSpace<T>& space) const {
     for (int64_t k = 0; k < w_.head_count; ++k) {
       const LseHeadWork& h = w_.heads[k];
-      T* top = h.head->column ? space.b : nullptr;
+      const Reduction kind = h.head->reduce;
+      T* top = h.head->column && kind == Reduction::lse ? space.b : nullptr;
       if (top) std::fill(top, top + padded<T>(side.cols), kNothing<T>);
       for (int64_t r = 0; r < side.rows; ++r) {
         const Span at = side.span(r, p_.first_column);
         logits_of(h, at, side.at(r), space.logits);
         add_targets(h, at, side.at(r), space);
+        if (is_phi(kind)) {
+          add_phi(h, at, side.at(r), space.logits);
+          continue;
+        }
         mask_logits(h.head->mask, at, side.at(r), space.logits);
         if (top) raise(space.logits, side.cols, top);
+        else if (kind == Reduction::greatest) keep_greatest(h, at, space.logits);
         else reduce_row(h, at, space.logits);
       }
       if (top) reduce_columns(h, side, space);
@@ -130,6 +138,33 @@ template <class T> class MaskedLse {
       total += part;
     }
     if (!column) t[at.i] += sum<T>(total);
+  }
+
+  // A masked pair adds nothing whatever its logit: phi may have no number there.
+  void add_phi(const LseHeadWork& h, const Span& at, const T* scores, T* logits) const {
+    T* total = static_cast<T*>(h.sum);
+    phi_values(h.head->reduce, at.cols, logits);
+    mask_logits(h.head->mask, at, scores, logits, T(0));
+    if (h.head->column) {
+      for (int64_t j = 0; j < at.cols; j += lanes<T>)
+        store<T>(total + at.col + j, load<T>(total + at.col + j) + load<T>(logits + j));
+      return;
+    }
+    Vec<T> part{};
+    for (int64_t j = 0; j < at.cols; j += lanes<T>) part += load<T>(logits + j);
+    total[at.i] += sum<T>(part);
+  }
+
+  // Tiles come in any order of columns: of equals the lowest column stays.
+  void keep_greatest(const LseHeadWork& h, const Span& at, const T* logits) const {
+    T& peak = static_cast<T*>(h.peak)[at.i];
+    const T high = largest(logits, at.cols);
+    const int64_t first = at.first_column + at.col;
+    if (!(high > peak || (high == peak && first < h.index[at.i]))) return;
+    int64_t j = 0;
+    while (logits[j] != high) ++j;
+    peak = high;
+    h.index[at.i] = first + j;
   }
 
   void reduce_row(const LseHeadWork& h, const Span& at, const T* logits) const {
@@ -174,8 +209,13 @@ template <class T> class MaskedLse {
   void finish(const LseHeadWork& h, T poison) const {
     T *peak = static_cast<T*>(h.peak), *t = static_cast<T*>(h.t);
     const T* total = static_cast<const T*>(h.sum);
+    const Reduction kind = h.head->reduce;
+    if (kind == Reduction::greatest) {
+      for (int64_t i = 0; i < n_; ++i) peak[i] += poison;
+      return;
+    }
     for (int64_t i = 0; i < (h.head->column ? m_ : n_); ++i) {
-      peak[i] += std::log(total[i]) + poison;
+      peak[i] = (kind == Reduction::lse ? peak[i] + std::log(total[i]) : total[i]) + poison;
       t[i] += poison;
     }
   }
@@ -218,11 +258,17 @@ template <class T> class MaskedLse {
     const T *lse = static_cast<const T*>(h.lse) + place, *grad = static_cast<const T*>(h.grad_lse) + place,
             *grad_t = static_cast<const T*>(h.grad_t) + place;
     logits_of(h, at, scores, weights);
-    mask_logits(h.head->mask, at, scores, weights);
-    if (column) {
+    if (is_phi(h.head->reduce)) {
+      phi_slopes(h.head->reduce, at.cols, weights);
+      for (int64_t j = 0; j < at.cols; j += lanes<T>)
+        store<T>(weights + j, load<T>(weights + j) * (column ? load<T>(grad + j) : splat(*grad)));
+      mask_logits(h.head->mask, at, scores, weights, T(0));
+    } else if (column) {
+      mask_logits(h.head->mask, at, scores, weights);
       for (int64_t j = 0; j < at.cols; j += lanes<T>)
         store<T>(weights + j, exp_or_zero<T>(load<T>(weights + j) - load<T>(lse + j)) * load<T>(grad + j));
     } else {
+      mask_logits(h.head->mask, at, scores, weights);
       for (int64_t j = 0; j < at.cols; j += lanes<T>)
         store<T>(weights + j, exp_or_zero<T>(load<T>(weights + j) - *lse) * *grad);
     }

@@ -33,12 +33,18 @@ struct PairTarget {
   double factor = 1, uniform = 0;
 };
 
+// What takes the place of a head's lse: the sum of phi(l) (fastret/backends/phi.py, phi.h), or, of row heads without a
+// target, the greatest logit and where it stands (row_extrema).
+enum class Reduction : int { lse = 0, log1m_exp = 1, hinge = 2, distance = 3, inverse_distance = 4, greatest = 5 };
+inline bool is_phi(Reduction r) { return r >= Reduction::log1m_exp && r <= Reduction::inverse_distance; }
+
 struct LseHead {
   double scale = 1;
   bool column = false;  // over the rows of each column
   PairMask mask;
   PairTarget target;
   Array row_bias, col_bias;  // (1, N), (1, M) or no data
+  Reduction reduce = Reduction::lse;
 };
 
 struct MaskedLseProblem {
@@ -72,12 +78,23 @@ void masked_lse_backward(const MaskedLseProblem&, const std::vector<LseUpstream>
 void masked_lse_sweep(const MaskedLseProblem&, const Array& weight, const LseResult&, const Array& dx, const Array& dy,
                       const LseGradient&);
 
+// The greatest or least score of every row under a mask, and the lowest global column where it stands: +-inf and -1
+// where no pair is allowed. Scores are those of masked_lse, bit for bit: its program computes them.
+struct Extremum {
+  bool greatest = true;
+  PairMask mask;
+  Array value, index;  // out: (1, N); int64 (1, N)
+};
+void row_extrema(const MaskedLseProblem& without_heads, const std::vector<Extremum>&);
+
 // A head on its way through the kernels. Vectors of the accumulation type, one entry a row or a column, padded by zeros
 // to whole vectors past the last tile, so that no loop over a tile's columns has a tail; null where there is none.
 struct LseHeadWork {
   const LseHead* head = nullptr;
   const void *row_bias = nullptr, *col_bias = nullptr;
-  void *peak = nullptr, *sum = nullptr, *t = nullptr;  // forward: running maximum, sum of exp(l - peak), sum of Y l
+  // forward: running maximum, sum of exp(l - peak), sum of Y l; sum of phi; greatest logit and its column, or -1
+  void *peak = nullptr, *sum = nullptr, *t = nullptr;
+  int64_t* index = nullptr;
   // backward: lse and its gradient, (+inf, 0) where nothing was allowed; gradient of t
   const void *lse = nullptr, *grad_lse = nullptr, *grad_t = nullptr;
   void* scale_rows = nullptr;  // (N) sum over j of dL/dl_ij s_ij, or not wanted

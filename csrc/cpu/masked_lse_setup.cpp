@@ -47,7 +47,7 @@ void check_target(const PairTarget& t, const std::string& name, int64_t n, int64
   check(t.weight, (name + ".weight").c_str(), 1, n, real);
 }
 
-void check_problem(const MaskedLseProblem& p) {
+void check_problem(const MaskedLseProblem& p, Reduction last = Reduction::inverse_distance) {
   require(is_float(p.x.dtype), "x", "not a floating point type");
   check(p.x, "x", p.x.rows, p.x.cols);
   check(p.y, "y", p.y.rows, p.x.cols, p.x.dtype);
@@ -62,6 +62,7 @@ void check_problem(const MaskedLseProblem& p) {
     check_target(h.target, name + ".target", p.x.rows, p.y.rows, real);
     check_given(h.row_bias, name + ".row_bias", p.x.rows, real);
     check_given(h.col_bias, name + ".column_bias", p.y.rows, real);
+    require(h.reduce >= Reduction::lse && h.reduce <= last, (name + ".reduce").c_str(), "unknown kind");
   }
 }
 
@@ -230,7 +231,7 @@ void sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& resu
   const SweepPlan plan = sweep_plan(p.x.rows, p.y.rows, sizeof(T), p.threads);
   // Symmetric S needs half a product forward and one and a half backward; targets that depend on scores need those
   // after exponentials have taken their place.
-  if (p.symmetric || plan.rows == 0 || targets.above.data || targets.below.data)
+  if (p.symmetric || plan.rows == 0 || is_phi(p.heads[0].reduce) || targets.above.data || targets.below.data)
     return two_passes<T>(p, weight, result, dx, dy, gradient);
   Setup<T> setup(p);
   LseHeadWork& h = setup.heads[0];
@@ -249,6 +250,25 @@ void sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& resu
   Setup<T>::copy_out(h.t, result.t);
 }
 
+template <class T> void extrema(const MaskedLseProblem& p, const std::vector<Extremum>& wanted) {
+  Setup<T> setup(p);
+  for (size_t k = 0; k < wanted.size(); ++k) {
+    check(wanted[k].value, "value", 1, p.x.rows, type_of<T>);
+    check(wanted[k].index, "index", 1, p.x.rows, DType::i64);
+    LseHeadWork& h = setup.heads[k];
+    h.peak = setup.vector(p.x.rows, -std::numeric_limits<T>::infinity());
+    h.index = wanted[k].index.as<int64_t>();
+    std::fill(h.index, h.index + p.x.rows, int64_t(-1));
+  }
+  setup.thread_spaces();
+  setup.kernels().forward(setup.work);
+  for (size_t k = 0; k < wanted.size(); ++k) {
+    const T* peak = static_cast<const T*>(setup.heads[k].peak);
+    const T sign = T(p.heads[k].scale);
+    for (int64_t i = 0; i < p.x.rows; ++i) wanted[k].value.as<T>()[i] = sign * peak[i];
+  }
+}
+
 bool doubles(const MaskedLseProblem& p) { return p.x.dtype == DType::f64; }
 
 }  // namespace
@@ -257,6 +277,19 @@ void masked_lse_forward(const MaskedLseProblem& p, const std::vector<LseResult>&
   check_problem(p);
   require(results.size() == p.heads.size(), "results", "expected one a head");
   doubles(p) ? forward<double>(p, results) : forward<float>(p, results);
+}
+
+void row_extrema(const MaskedLseProblem& without_heads, const std::vector<Extremum>& wanted) {
+  MaskedLseProblem p = without_heads;
+  for (const Extremum& e : wanted) {
+    LseHead h;
+    h.scale = e.greatest ? 1 : -1;  // least: the greatest of -s, exactly
+    h.mask = e.mask;
+    h.reduce = Reduction::greatest;
+    p.heads.push_back(h);
+  }
+  check_problem(p, Reduction::greatest);
+  doubles(p) ? extrema<double>(p, wanted) : extrema<float>(p, wanted);
 }
 
 void masked_lse_backward(const MaskedLseProblem& p, const std::vector<LseUpstream>& upstream, const Array& dx,

@@ -41,8 +41,8 @@ using MaskTuple = std::tuple<Relation, Relation, Relation, std::optional<int64_t
 // kind, index, shifts, weights, base, period, mask, weight, dense, factor, uniform; see PairTarget
 using TargetTuple = std::tuple<int, MaybeArray, std::vector<int64_t>, std::vector<double>, int64_t, int64_t, MaskTuple,
                                MaybeArray, MaybeArray, double, double>;
-// scale, whether over columns, mask, target, row bias, column bias
-using HeadTuple = std::tuple<double, bool, MaskTuple, TargetTuple, MaybeArray, MaybeArray>;
+// scale, whether over columns, mask, target, row bias, column bias, reduction
+using HeadTuple = std::tuple<double, bool, MaskTuple, TargetTuple, MaybeArray, MaybeArray, int>;
 using GradientTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray>;  // scale, row bias, column bias
 
 PairMask::Relation relation(const Relation& r) {
@@ -56,12 +56,12 @@ PairMask mask(const MaskTuple& t) {
 }
 
 LseHead head(const HeadTuple& t) {
-  const auto& [scale, column, head_mask, target, row_bias, col_bias] = t;
+  const auto& [scale, column, head_mask, target, row_bias, col_bias, reduction] = t;
   const auto& [kind, index, shifts, weights, base, period, target_mask, weight, dense, factor, uniform] = target;
   return {scale, column, mask(head_mask),
           {static_cast<PairTarget::Kind>(kind), array(index), shifts, weights, base, period, mask(target_mask),
            array(weight), array(dense), factor, uniform},
-          array(row_bias), array(col_bias)};
+          array(row_bias), array(col_bias), static_cast<Reduction>(reduction)};
 }
 
 LseGradient gradient(const GradientTuple& t) {
@@ -131,6 +131,20 @@ PYBIND11_MODULE(_C, m) {
           const LseGradient out = gradient(g);
           const py::gil_scoped_release release;
           masked_lse_sweep(p, array(weight), result, array(dx), array(dy), out);
+        });
+  m.def("row_extrema",
+        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<std::tuple<bool, MaskTuple>>& extrema,
+           bool normalize, int64_t first_column, int threads,
+           const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results) {
+          require(results.size() == extrema.size(), "results", "expected one an extremum");
+          const MaskedLseProblem p = lse_problem(x, y, {}, normalize, first_column, threads);
+          std::vector<Extremum> wanted;
+          for (size_t k = 0; k < extrema.size(); ++k) {
+            const auto& [greatest, allowed] = extrema[k];
+            wanted.push_back({greatest, mask(allowed), array(results[k].first), array(results[k].second)});
+          }
+          const py::gil_scoped_release release;
+          row_extrema(p, wanted);
         });
   m.def("sweep_plan", [](int64_t n, int64_t m, int64_t item_bytes, int threads) {
     const SweepPlan p = sweep_plan(n, m, item_bytes, threads);

@@ -82,9 +82,11 @@ template <class T> void logits_of(const LseHeadWork& h, const Span& at, const T*
   }
 }
 
-template <class T> void mask_logits(const PairMask& m, const Span& at, const T* scores, T* logits) {
-  apply_mask(m, at, scores, kNothing<T>, logits);
-  for (int64_t j = at.cols; j < padded<T>(at.cols); ++j) logits[j] = kNothing<T>;
+// The same with the padding: -inf for logits that are to be exponentials, 0 for what is to be summed.
+template <class T>
+void mask_logits(const PairMask& m, const Span& at, const T* scores, T* logits, T other = kNothing<T>) {
+  apply_mask(m, at, scores, other, logits);
+  for (int64_t j = at.cols; j < padded<T>(at.cols); ++j) logits[j] = other;
 }
 
 // Targets of a row that stand at a few columns: visit(column in the span, weight).

@@ -435,7 +435,7 @@ def test_nothing_is_touched_through_a_wrong_description(what: str, position: int
         mask: _C.MaskTuple = ((a["same"], a["same_columns"]), None, None, None, 0, a["above"], None)
         none: _C.MaskTuple = (None, None, None, None, 0, None, None)
         target: _C.TargetTuple = (1, a["index"], [], [], 0, 0, none, None, None, 1.0, 0.0)
-        head: _C.HeadTuple = (1.0, False, mask, target, a["row_bias"], a["column_bias"])
+        head: _C.HeadTuple = (1.0, False, mask, target, a["row_bias"], a["column_bias"], 0)
         outputs = (a["lse"], a["t"], a["dx"], a["dy"], (a["scale"], None, None))
         _C.masked_lse_sweep(a["x"], a["y"], head, True, 0, 1, a["weight"], *outputs)
 

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from fastret import _C
+from fastret.backends import phi
 from fastret.backends.cpu.array import ArrayTuple, array, rows_of
 from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
 from fastret.backends.rows import accumulation_dtype
 
 _Prefixes = list[tuple[int | None, Tensor | None]]  # gradients of so many features
 _Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]  # of scale, row bias, column bias
+
+REDUCTIONS = ("lse", *phi.NAMES)  # in the order of csrc/cpu/masked_lse.h
 
 _NO_MASK: "_C.MaskTuple" = (None, None, None, None, 0, None, None)
 
@@ -30,7 +33,7 @@ def _relation(labels: tuple[Tensor, Tensor] | None) -> tuple[ArrayTuple, ArrayTu
     return None if labels is None else (array(labels[0]), array(labels[1]))
 
 
-def _mask(m: PairMask) -> "_C.MaskTuple":
+def mask_tuple(m: PairMask) -> "_C.MaskTuple":
     relations = (_relation(m.same), _relation(m.different), _relation(m.distinct))
     return *relations, m.offset, m.period or 0, _array(m.above), _array(m.below)
 
@@ -50,7 +53,7 @@ def _target(target: Target | None, smoothing: float, columns: int) -> "_C.Target
             kind, shifts, weights, period = 2, list(target.shifts), list(target.weights), target.period
             base = target.offset
         case Masked():
-            kind, mask, weight = 3, _mask(target.mask), array(target.weight)
+            kind, mask, weight = 3, mask_tuple(target.mask), array(target.weight)
         case Dense():
             kind, dense = 4, array(target.weights)
     uniform = smoothing / columns if smoothing else 0.0
@@ -59,7 +62,8 @@ def _target(target: Target | None, smoothing: float, columns: int) -> "_C.Target
 
 def _head(h: Head, columns: int) -> "_C.HeadTuple":
     target = _target(h.target, h.smoothing, columns)
-    return float(h.scale), h.axis == "column", _mask(h.mask), target, _array(h.row_bias), _array(h.column_bias)
+    biases = _array(h.row_bias), _array(h.column_bias)
+    return float(h.scale), h.axis == "column", mask_tuple(h.mask), target, *biases, REDUCTIONS.index(h.reduce)
 
 
 def _by_width(heads: Sequence[Head]) -> Iterator[tuple[int | None, list[int]]]:
