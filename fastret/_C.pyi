@@ -100,6 +100,28 @@ def row_extrema(
     results: list[tuple[ArrayTuple, ArrayTuple]],
     /,
 ) -> None: ...
+def pair_dot_forward(
+    x: ArrayTuple,
+    y: ArrayTuple | None,
+    row: ArrayTuple,
+    column: ArrayTuple,
+    normalize: bool,
+    threads: int,
+    scores: ArrayTuple,
+    /,
+) -> None: ...
+def pair_dot_backward(
+    x: ArrayTuple,
+    y: ArrayTuple | None,
+    row: ArrayTuple,
+    column: ArrayTuple,
+    normalize: bool,
+    threads: int,
+    grad: ArrayTuple,
+    dx: ArrayTuple | None,
+    dy: ArrayTuple | None,
+    /,
+) -> None: ...
 def sweep_plan(n: int, m: int, item_bytes: int, threads: int, /) -> tuple[int, int, int]: ...
 def plan(n: int, m: int, symmetric: bool, threads: int, /) -> tuple[int, int]: ...
 def tournament(blocks: int, /) -> list[list[tuple[int, int]]]: ...

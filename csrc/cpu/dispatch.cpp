@@ -4,6 +4,7 @@
 
 #include "blas.h"
 #include "masked_lse.h"
+#include "pair_dot.h"
 #include "rank_sums.h"
 #include "settings.h"
 
@@ -95,5 +96,6 @@ void set_gemm(const std::string& name) {
 RankSumsKernels rank_sums_kernels(bool doubles) { FASTRET_OF_ISA(rank_sums_kernels(doubles)); }
 MaskedLseKernels masked_lse_kernels(bool doubles) { FASTRET_OF_ISA(masked_lse_kernels(doubles)); }
 MaskedLseSweep masked_lse_sweep_kernel(bool doubles) { FASTRET_OF_ISA(masked_lse_sweep_kernel(doubles)); }
+PairDotKernels pair_dot_kernels(bool doubles) { FASTRET_OF_ISA(pair_dot_kernels(doubles)); }
 
 }  // namespace fastret

@@ -8,6 +8,7 @@
 
 #include "blas.h"
 #include "masked_lse.h"
+#include "pair_dot.h"
 #include "rank_sums.h"
 #include "settings.h"
 
@@ -74,6 +75,11 @@ MaskedLseProblem lse_problem(const ArrayTuple& x, const MaybeArray& y, const std
   MaskedLseProblem p{array(x), array(y ? *y : x), !y.has_value(), normalize, first_column, threads, {}};
   for (const HeadTuple& h : heads) p.heads.push_back(head(h));
   return p;
+}
+
+PairDotProblem pair_problem(const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row, const ArrayTuple& column,
+                            bool normalize, int threads) {
+  return {array(x), array(y ? *y : x), array(row), array(column), !y.has_value(), normalize, threads};
 }
 
 }  // namespace
@@ -145,6 +151,19 @@ PYBIND11_MODULE(_C, m) {
           }
           const py::gil_scoped_release release;
           row_extrema(p, wanted);
+        });
+  m.def("pair_dot_forward", [](const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row,
+                               const ArrayTuple& column, bool normalize, int threads, const ArrayTuple& scores) {
+    const PairDotProblem p = pair_problem(x, y, row, column, normalize, threads);
+    const py::gil_scoped_release release;
+    pair_dot_forward(p, array(scores));
+  });
+  m.def("pair_dot_backward",
+        [](const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row, const ArrayTuple& column, bool normalize,
+           int threads, const ArrayTuple& grad, const MaybeArray& dx, const MaybeArray& dy) {
+          const PairDotProblem p = pair_problem(x, y, row, column, normalize, threads);
+          const py::gil_scoped_release release;
+          pair_dot_backward(p, array(grad), array(dx), array(dy));
         });
   m.def("sweep_plan", [](int64_t n, int64_t m, int64_t item_bytes, int threads) {
     const SweepPlan p = sweep_plan(n, m, item_bytes, threads);

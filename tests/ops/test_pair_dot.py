@@ -1,13 +1,22 @@
 """pair_dot and positive_pairs against their definition, and what PyTorch expects of an operator."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
+from fastret.backends import registry
+from fastret.backends.registry import Call
 from fastret.backends.tiled import pair_dot as tiled
 from fastret.ops import pair_dot, positive_pairs
 
 F64 = torch.float64
+FUSED = [
+    impl
+    for impl in ("tiled", "cpu")
+    if registry.IMPLEMENTATIONS[impl].unsupported(Call("pair_dot", "cpu", torch.float32)) is None
+]
 
 
 @pytest.fixture
@@ -29,36 +38,48 @@ def test_equals_reference_and_dense(gallery: bool, normalize: bool) -> None:
     leaves = [t.requires_grad_() for t in (x, y) if t is not None]
     unit = torch.nn.functional.normalize if normalize else torch.Tensor.clone
     dense = (unit(x) @ unit(x if y is None else y).T)[row, column]
-    for impl in ("reference", "tiled"):
+    for impl in ("reference", *FUSED):
         scores = pair_dot(x, y, row, column, normalize=normalize, impl=impl)
         torch.testing.assert_close(scores, dense)
         mine, expected = (torch.autograd.grad(s.sin().sum(), leaves, retain_graph=True) for s in (scores, dense))
         torch.testing.assert_close(mine, expected)
 
 
+@pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("gallery", [True, False])
-def test_gradcheck_opcheck_and_refusal(gallery: bool) -> None:
+def test_gradcheck_opcheck_and_refusal(impl: str, gallery: bool) -> None:
     x, y, row, column = case(gallery)
     leaves = [t.requires_grad_() for t in (x, y) if t is not None]
-    assert torch.autograd.gradcheck(lambda a, b=None: pair_dot(a, b, row, column, impl="tiled"), leaves)
+    assert torch.autograd.gradcheck(lambda a, b=None: pair_dot(a, b, row, column, impl=impl), leaves)
     rows = [None if t is None else t.detach() for t in (x, y)]
     operators = torch.ops.fastret
-    torch.library.opcheck(operators.pair_dot.default, (*rows, row, column, True, "tiled"))
-    arguments = (torch.ones(23, dtype=F64), *rows, row, column, True, True, gallery, "tiled")
+    torch.library.opcheck(operators.pair_dot.default, (*rows, row, column, True, impl))
+    arguments = (torch.ones(23, dtype=F64), *rows, row, column, True, True, gallery, impl)
     torch.library.opcheck(operators.pair_dot_backward.default, arguments)
     torch.library.opcheck(operators.positive_pairs.default, (torch.arange(6) % 2, None))
-    (gradient,) = torch.autograd.grad(pair_dot(x, y, row, column, impl="tiled").sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(pair_dot(x, y, row, column, impl=impl).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second differentiation; impl='reference' does"):
         gradient.sum().backward()
 
 
-def test_torch_func() -> None:
+@pytest.mark.parametrize("impl", FUSED)
+def test_compile_and_torch_func(impl: str) -> None:
     x, _, row, column = case(False)
-    one, two = (
-        torch.func.grad(lambda a, impl=impl: pair_dot(a, None, row, column, impl=impl).sin().sum())(x)
-        for impl in ("tiled", "reference")
-    )
+
+    def loss(a: Tensor, impl: str) -> Tensor:
+        return pair_dot(a, None, row, column, impl=impl).sin().sum()
+
+    one, two = (torch.func.grad(lambda a, impl=impl: loss(a, impl))(x) for impl in (impl, "reference"))
     torch.testing.assert_close(one, two)
+    batch = torch.randn(3, 9, 5, dtype=F64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        many = torch.vmap(torch.func.grad(lambda a: loss(a, impl)))(batch)
+    torch.testing.assert_close(many, torch.stack([torch.func.grad(lambda a: loss(a, impl))(a) for a in batch]))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: loss(a, impl), fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(x.requires_grad_()), x)
+    torch.testing.assert_close(gradient, two)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8])
@@ -75,7 +96,8 @@ def test_positive_pairs(dtype: torch.dtype) -> None:
         assert list(zip(row.tolist(), column.tolist(), strict=True)) == expected
     row, column = positive_pairs(labels[:0])
     assert row.shape == column.shape == (0,)
-    assert pair_dot(torch.ones(0, 3), None, row, column).shape == (0,)
+    for impl in ("reference", *FUSED):
+        assert pair_dot(torch.ones(0, 3), None, row, column, impl=impl).shape == (0,)
 
 
 X, P = torch.randn(4, 3), torch.arange(4)
