@@ -67,6 +67,14 @@ def check_positive(value: float | Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 
+def check_number(value: float, name: str) -> None:
+    """A finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
 def check_count(value: int | None, name: str) -> None:
     """None or an integer >= 1."""
     if value is None:
