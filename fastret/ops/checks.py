@@ -117,6 +117,18 @@ def check_range(index: Tensor, size: int, name: str) -> None:
         raise ValueError(f"{message}, got {int(wrong[0])}")
 
 
+def check_offsets(offsets: Tensor, entries: int, name: str) -> None:
+    """Numbers that never fall, from 0 to the number of entries; a device other than the CPU is not waited for."""
+    if torch.compiler.is_compiling() or _is_wrapped(offsets):
+        return
+    right = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == entries)
+    message = f"{name}: expected numbers that rise from 0 to {entries}"
+    if offsets.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not right:
+        raise ValueError(f"{message}, got {offsets.tolist()}")
+
+
 def _is_wrapped(t: Tensor) -> bool:
     """Under torch.func a tensor's value cannot be read, nor whether its gradient is wanted."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))

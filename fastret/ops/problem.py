@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastret.backends import registry
-from fastret.backends.pairs import Gradients, Head, Indexed
+from fastret.backends.pairs import Gradients, Head, Indexed, Listed
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
 from fastret.ops.heads import flatten, restore
@@ -42,11 +42,13 @@ class Problem(NamedTuple):
         return restore(self.spec, *self[2:8])
 
     def checked_heads(self) -> list[Head]:
-        """Heads, the values of their indices checked."""
+        """Heads, the values of their indices and offsets checked."""
         heads = self.heads()
         for k, head in enumerate(heads):
-            if isinstance(head.target, Indexed):
+            if isinstance(head.target, (Indexed, Listed)):
                 checks.check_range(head.target.index, self.columns, f"heads[{k}].target.index")
+            if isinstance(head.target, Listed):
+                checks.check_offsets(head.target.offsets, head.target.index.shape[0], f"heads[{k}].target.offsets")
         return heads
 
     def module(self) -> ModuleType:
