@@ -72,6 +72,8 @@ def _target(target: Target | None, smoothing: float, columns: int) -> "_C.Target
 
 
 def _head(h: Head, columns: int) -> "_C.HeadTuple":
+    if h.reduce != "lse":
+        raise NotImplementedError(f"reduce: the C++ kernel does not take {h.reduce!r}; impl='tiled' does")
     target = _target(h.target, h.smoothing, columns)
     return float(h.scale), h.axis == "column", _mask(h.mask), target, _array(h.row_bias), _array(h.column_bias)
 
