@@ -3,6 +3,8 @@
 from fastret.losses.cqc import cqc
 from fastret.losses.info_nce import clip, info_nce
 from fastret.losses.instance_softmax import instance_softmax
+from fastret.losses.invariant_spreading import invariant_spreading
+from fastret.losses.multi_similarity import multi_similarity
 from fastret.losses.nt_xent import nt_xent
 from fastret.losses.smooth_ap import smooth_ap
 from fastret.losses.soft_target import soft_target_info_nce
@@ -13,6 +15,8 @@ __all__ = [
     "cqc",
     "info_nce",
     "instance_softmax",
+    "invariant_spreading",
+    "multi_similarity",
     "nt_xent",
     "smooth_ap",
     "soft_target_info_nce",

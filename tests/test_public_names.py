@@ -7,4 +7,7 @@ def test_names() -> None:
     for name in fastret.__all__:
         assert hasattr(fastret, name), name
     assert callable(fastret.retrieval.recall_at_k)
-    assert callable(fastret.functional.smooth_ap)
+    for name in fastret.functional.__all__:
+        assert callable(getattr(fastret.functional, name)), name
+    for name in ("MultiSimilarity", "InvariantSpreading"):
+        assert name in fastret.__all__

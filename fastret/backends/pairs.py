@@ -166,7 +166,31 @@ class Dense:
         return rows[:, b.first_column : b.first_column + b.columns].to(scores.dtype)
 
 
-Target = Indexed | Shifted | Masked | Circulant | Dense
+@dataclass(frozen=True)
+class Listed:
+    """Y_ij = sum of the weights of row i's entries with index j: several labels a row.
+
+    Entries offsets_i to offsets_{i+1} (N + 1,), rising from 0 to P, belong to row i; each has an index and a weight
+    (P,). Indices of no column of the piece get no target.
+    """
+
+    offsets: Tensor
+    index: Tensor
+    weight: Tensor
+
+    def block(self, b: Block, scores: Tensor) -> Tensor:
+        entries = self.index.shape[0]
+        row = torch.repeat_interleave(self.offsets.diff(), output_size=entries) - b.first_row
+        column = self.index - (b.offset + b.first_column)
+        inside = (row >= 0) & (row < b.rows) & (column >= 0) & (column < b.columns)
+        outside = b.rows * b.columns  # one place more, for all that is elsewhere: no size depends on values
+        sums = scores.new_zeros(outside + 1)
+        place = torch.where(inside, row * b.columns + column, outside)
+        sums = sums.index_add(0, place, self.weight.to(scores.dtype))
+        return sums[:outside].view(b.rows, b.columns)
+
+
+Target = Indexed | Shifted | Masked | Circulant | Dense | Listed
 
 
 @dataclass(frozen=True)

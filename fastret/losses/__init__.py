@@ -3,6 +3,8 @@
 from fastret.losses.cqc import CQCLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
+from fastret.losses.invariant_spreading import InvariantSpreading
+from fastret.losses.multi_similarity import MultiSimilarity
 from fastret.losses.nt_xent import NTXent
 from fastret.losses.smooth_ap import SmoothAP
 from fastret.losses.soft_target import PatchMixTargets, SoftTargetInfoNCE
@@ -13,6 +15,8 @@ __all__ = [
     "CQCLoss",
     "InfoNCE",
     "InstanceSoftmax",
+    "InvariantSpreading",
+    "MultiSimilarity",
     "NTXent",
     "PatchMixTargets",
     "SmoothAP",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastret.backends import registry
 from fastret.backends.pairs import Head, PairMask
-from fastret.losses.reduction import check_reduction, reduce_valid
+from fastret.losses.reduction import check_reduction, log1p_exp, reduce_valid
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.pair_dot import pair_dot, positive_pairs
@@ -63,7 +63,7 @@ def nt_xent(
     chosen = registry.resolve("masked_lse", embeddings.device.type, embeddings.dtype, impl)
     listed = "reference" if chosen == "reference" else "tiled"
     scores = pair_dot(embeddings, ref_emb, anchor, positive, normalize=normalize, impl=listed)
-    losses = nn.functional.softplus(negatives[anchor] - scores / temperature)
+    losses = log1p_exp(negatives[anchor] - scores / temperature)
     return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
 
 

@@ -1,6 +1,6 @@
 """Floor 3: differentiable reductions over a pair matrix that is never stored. One file per reduction."""
 
-from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Masked, PairMask, Shifted
+from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
 from fastret.ops.pair_dot import pair_dot, positive_pairs
@@ -13,6 +13,7 @@ __all__ = [
     "Dense",
     "Head",
     "Indexed",
+    "Listed",
     "Masked",
     "PairMask",
     "RankSums",

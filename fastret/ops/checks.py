@@ -67,6 +67,14 @@ def check_positive(value: float | Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 
+def check_number(value: float, name: str) -> None:
+    """A finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
 def check_count(value: int | None, name: str) -> None:
     """None or an integer >= 1."""
     if value is None:
@@ -107,6 +115,18 @@ def check_range(index: Tensor, size: int, name: str) -> None:
     elif not right:
         wrong = index[(index < 0) | (index >= size)]
         raise ValueError(f"{message}, got {int(wrong[0])}")
+
+
+def check_offsets(offsets: Tensor, entries: int, name: str) -> None:
+    """Numbers that never fall, from 0 to the number of entries; a device other than the CPU is not waited for."""
+    if torch.compiler.is_compiling() or _is_wrapped(offsets):
+        return
+    right = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == entries)
+    message = f"{name}: expected numbers that rise from 0 to {entries}"
+    if offsets.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not right:
+        raise ValueError(f"{message}, got {offsets.tolist()}")
 
 
 def _is_wrapped(t: Tensor) -> bool:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastret.backends import phi
-from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Masked, PairMask, Shifted
+from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted
 
-_TYPES = {t.__name__: t for t in (PairMask, Indexed, Shifted, Masked, Circulant, Dense)}
+_TYPES = {t.__name__: t for t in (PairMask, Indexed, Shifted, Masked, Circulant, Dense, Listed)}
 _FIELDS = {t: tuple(f.name for f in fields(t)) for t in (*_TYPES.values(), Head)}
 _LEARNED = ("scale", "row_bias", "column_bias")  # Head fields that receive gradients
 
@@ -182,6 +182,11 @@ def check_heads(heads: Sequence[Head], x: Tensor, y: Tensor) -> None:
             _check(target.weight, f"{where}.target.weight", (n,), False, x)
         elif isinstance(target, Dense):
             _check(target.weights, f"{where}.target.weights", (n, m), False, x)
+        elif isinstance(target, Listed):
+            entries = (target.index.numel(),) if isinstance(target.index, Tensor) else ()
+            _check(target.offsets, f"{where}.target.offsets", (n + 1,), True, x)
+            _check(target.index, f"{where}.target.index", entries, True, x)
+            _check(target.weight, f"{where}.target.weight", entries, False, x)
         elif isinstance(target, Circulant) and len(target.shifts) != len(target.weights):
             raise ValueError(f"{where}.target: expected a weight for each shift, got {target.shifts}, {target.weights}")
 

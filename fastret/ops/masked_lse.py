@@ -44,12 +44,13 @@ import torch
 from torch import Tensor
 
 from fastret.backends import registry
-from fastret.backends.pairs import Gradients, Head, Indexed, Need
+from fastret.backends.pairs import Head, Need
 from fastret.backends.reference import masked_lse as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
-from fastret.ops.heads import FlatHeads, axes, check_heads, flatten, restore
+from fastret.ops.heads import axes, check_heads
 from fastret.ops.library import define, loop_under_vmap, refuse
+from fastret.ops.problem import LEARNED, SCHEMA, Problem, flat_gradients, pack
 
 
 def masked_lse(
@@ -83,27 +84,12 @@ def masked_lse(
     """
     x, y, columns = checked(x, y, heads, first_column, columns)
     chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
-    flat = flatten(heads, accumulation_dtype(x.dtype))
+    options: dict[str, Any] = {"normalize": normalize, "first_column": first_column, "columns": columns}
+    problem = pack(x, y, heads, **options, impl=chosen)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.masked_lse(
-                x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
-            )
-    results = _MaskedLse.apply(
-        x,
-        y,
-        flat.scale,
-        flat.row_bias,
-        flat.column_bias,
-        flat.tensors,
-        flat.numbers,
-        flat.factors,
-        flat.spec,
-        normalize,
-        first_column,
-        columns,
-        chosen,
-    )
+            return reference.masked_lse(x, y, problem.checked_heads(), **options)
+    results = _MaskedLse.apply(*problem)
     return [(results[2 * k], results[2 * k + 1]) for k in range(len(heads))]
 
 
@@ -125,122 +111,38 @@ def checked(
     return x, y, last if columns is None else columns
 
 
-def restored(flat: FlatHeads, columns: int) -> list[Head]:
-    """Heads as implementations get them, the values of their indices checked."""
-    heads = restore(flat.spec, flat.scale, flat.row_bias, flat.column_bias, flat.tensors, flat.numbers, flat.factors)
-    for k, head in enumerate(heads):
-        if isinstance(head.target, Indexed):
-            index = head.target.index
-            checks.check_range(index, columns, f"heads[{k}].target.index")
-    return heads
-
-
-def _forward(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor | None,
-    row_bias: Tensor | None,
-    column_bias: Tensor | None,
-    tensors: list[Tensor],
-    numbers: list[int],
-    factors: list[float],
-    spec: str,
-    normalize: bool,
-    first_column: int,
-    columns: int,
-    impl: str,
-) -> list[Tensor]:
-    heads = restored(FlatHeads(spec, scale, row_bias, column_bias, tensors, numbers, factors), columns)
-    module = registry.IMPLEMENTATIONS[impl].module("masked_lse")
-    results = module.forward(x, y, heads, normalize=normalize, first_column=first_column, columns=columns)
+def _forward(*arguments: Any) -> list[Tensor]:
+    problem = Problem(*arguments)
+    results = problem.module().forward(problem.x, problem.y, problem.checked_heads(), **problem.options())
     return [t for pair in results for t in pair]
 
 
-def _forward_fake(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor | None,
-    row_bias: Tensor | None,
-    column_bias: Tensor | None,
-    tensors: list[Tensor],
-    numbers: list[int],
-    factors: list[float],
-    spec: str,
-    *_: Any,
-) -> list[Tensor]:
+def _forward_fake(*arguments: Any) -> list[Tensor]:
+    problem = Problem(*arguments)
+    x, y = problem.x, problem.y
     sizes = {"row": x.shape[0], "column": (x if y is None else y).shape[0]}
-    return [x.new_empty(sizes[axis], dtype=accumulation_dtype(x.dtype)) for axis in axes(spec) for _ in range(2)]
-
-
-def _backward(
-    grads: list[Tensor],
-    lses: list[Tensor],
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor | None,
-    row_bias: Tensor | None,
-    column_bias: Tensor | None,
-    tensors: list[Tensor],
-    numbers: list[int],
-    factors: list[float],
-    spec: str,
-    normalize: bool,
-    first_column: int,
-    columns: int,
-    impl: str,
-    need: list[bool],
-) -> list[Tensor]:
-    heads = restore(spec, scale, row_bias, column_bias, tensors, numbers, factors)
-    module = registry.IMPLEMENTATIONS[impl].module("masked_lse")
-    pairs = list(zip(grads[::2], grads[1::2], strict=True))
-    options = {"normalize": normalize, "first_column": first_column, "columns": columns}
-    return flat_gradients(module.backward(pairs, x, y, heads, lses, **options, need=Need(*need)), x)
-
-
-def flat_gradients(gradients: Gradients, x: Tensor) -> list[Tensor]:
-    """Gradients of x, y, scale (K,), row_bias (K', N), column_bias (K'', M); an empty tensor where not wanted."""
-
-    def stacked(values: list[Tensor | None]) -> Tensor:
-        given = [v for v in values if v is not None]
-        return torch.stack(given) if given else x.new_empty(0)
-
-    sides = [x.new_empty(0) if side is None else side for side in gradients[:2]]
-    return [*sides, stacked(gradients.scale), stacked(gradients.row_bias), stacked(gradients.column_bias)]
-
-
-def _backward_fake(
-    grads: list[Tensor],
-    lses: list[Tensor],
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor | None,
-    row_bias: Tensor | None,
-    column_bias: Tensor | None,
-    tensors: list[Tensor],
-    numbers: list[int],
-    factors: list[float],
-    spec: str,
-    normalize: bool,
-    first_column: int,
-    columns: int,
-    impl: str,
-    need: list[bool],
-) -> list[Tensor]:
     return [
-        x.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
-        for t, wanted in zip((x, y, scale, row_bias, column_bias), need, strict=True)
+        x.new_empty(sizes[axis], dtype=accumulation_dtype(x.dtype)) for axis in axes(problem.spec) for _ in range(2)
     ]
 
 
-_PROBLEM = (
-    "Tensor x, Tensor? y, Tensor? scale, Tensor? row_bias, Tensor? column_bias, Tensor[] tensors, SymInt[] numbers, "
-    "float[] factors, str spec, bool normalize, SymInt first_column, SymInt columns, str impl"
-)
-define(f"masked_lse({_PROBLEM}) -> Tensor[]", _forward, _forward_fake)
+def _backward(grads: list[Tensor], lses: list[Tensor], *arguments: Any) -> list[Tensor]:
+    *given, need = arguments
+    problem = Problem(*given)
+    pairs = list(zip(grads[::2], grads[1::2], strict=True))
+    compute, options = problem.module().backward, problem.options()
+    gradients = compute(pairs, problem.x, problem.y, problem.heads(), lses, **options, need=Need(*need))
+    return flat_gradients(gradients, problem.x)
+
+
+def _backward_fake(grads: list[Tensor], lses: list[Tensor], *arguments: Any) -> list[Tensor]:
+    *given, need = arguments
+    return Problem(*given).empty_gradients(need)
+
+
+define(f"masked_lse({SCHEMA}) -> Tensor[]", _forward, _forward_fake)
 define(
-    f"masked_lse_backward(Tensor[] grads, Tensor[] lses, {_PROBLEM}, bool[] need) -> Tensor[]",
-    _backward,
-    _backward_fake,
+    f"masked_lse_backward(Tensor[] grads, Tensor[] lses, {SCHEMA}, bool[] need) -> Tensor[]", _backward, _backward_fake
 )
 
 loop_under_vmap("masked_lse")
@@ -289,19 +191,21 @@ class _MaskedLse(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, scale, row_bias, column_bias, tensors, *ctx.options = inputs
+        problem = Problem(*inputs)
+        ctx.options = inputs[LEARNED + 1 :]
         ctx.heads = len(output) // 2
-        ctx.save_for_backward(x, y, scale, row_bias, column_bias, *output[::2], *tensors)
+        ctx.save_for_backward(*problem[:LEARNED], *output[::2], *problem.tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, row_bias, column_bias, *rest = ctx.saved_tensors
+        learned, rest = ctx.saved_tensors[:LEARNED], ctx.saved_tensors[LEARNED:]
         lses, tensors = rest[: ctx.heads], rest[ctx.heads :]
-        need = list(ctx.needs_input_grad[:5])
+        need = list(ctx.needs_input_grad[:LEARNED])
         # dynamo traces no Function inside a Function's backward; a compiled graph is not differentiated twice anyway
         compute = _backward_operator if torch.compiler.is_compiling() else _MaskedLseBackward.apply
-        gradients = compute(list(grads), lses, x, y, scale, row_bias, column_bias, tensors, *ctx.options, need)
-        return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *[None] * 8
+        gradients = compute(list(grads), lses, *learned, tensors, *ctx.options, need)
+        constants = [None] * (len(Problem._fields) - LEARNED)
+        return *(g if wanted else None for g, wanted in zip(gradients, need, strict=True)), *constants
 
 
 class _MaskedLseBackward(torch.autograd.Function):

@@ -17,9 +17,9 @@ from fastret.backends.pairs import Gradients, Head, Need
 from fastret.backends.reference import masked_lse as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
-from fastret.ops.heads import FlatHeads, flatten
 from fastret.ops.library import define, loop_under_vmap, refuse
-from fastret.ops.masked_lse import checked, flat_gradients, restored
+from fastret.ops.masked_lse import checked
+from fastret.ops.problem import LEARNED, SCHEMA, Problem, flat_gradients, pack
 
 
 def masked_lse_sum(
@@ -47,34 +47,16 @@ def masked_lse_sum(
     if head.axis != "row":
         raise ValueError(f"head.axis: expected 'row', got {head.axis!r}")
     checks.check_vector(row_weight, x, "row_weight")
-    wide = accumulation_dtype(x.dtype)
-    row_weight = row_weight.detach().to(wide)
+    row_weight = row_weight.detach().to(accumulation_dtype(x.dtype))
     chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
-    flat = flatten((head,), wide)
+    options: dict[str, Any] = {"normalize": normalize, "first_column": first_column, "columns": columns}
+    problem = pack(x, y, (head,), **options, impl=chosen)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            ((lse, t),) = reference.masked_lse(
-                x, y, restored(flat, columns), normalize=normalize, first_column=first_column, columns=columns
-            )
+            ((lse, t),) = reference.masked_lse(x, y, problem.checked_heads(), **options)
         return weighted_sum(lse, t, row_weight)
-    need = [checks.wants_gradient(t) for t in (x, y, flat.scale, flat.row_bias, flat.column_bias)]
-    result, *_ = _MaskedLseSum.apply(
-        x,
-        y,
-        flat.scale,
-        flat.row_bias,
-        flat.column_bias,
-        row_weight,
-        flat.tensors,
-        flat.numbers,
-        flat.factors,
-        flat.spec,
-        normalize,
-        first_column,
-        columns,
-        chosen,
-        need,
-    )
+    need = [checks.wants_gradient(t) for t in problem[:LEARNED]]
+    result, *_ = _MaskedLseSum.apply(*problem, row_weight, need)
     loss: Tensor = result
     return loss
 
@@ -85,27 +67,12 @@ def weighted_sum(lse: Tensor, t: Tensor, weight: Tensor) -> Tensor:
     return (weight * torch.where(empty, 0, lse - t)).sum()
 
 
-def _forward(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor | None,
-    row_bias: Tensor | None,
-    column_bias: Tensor | None,
-    row_weight: Tensor,
-    tensors: list[Tensor],
-    numbers: list[int],
-    factors: list[float],
-    spec: str,
-    normalize: bool,
-    first_column: int,
-    columns: int,
-    impl: str,
-    need: list[bool],
-) -> list[Tensor]:
-    flat = FlatHeads(spec, scale, row_bias, column_bias, tensors, numbers, factors)
-    (head,) = restored(flat, columns)
-    module = registry.IMPLEMENTATIONS[impl].module("masked_lse")
-    options = {"normalize": normalize, "first_column": first_column, "columns": columns}
+def _forward(*arguments: Any) -> list[Tensor]:
+    *given, row_weight, need = arguments
+    problem = Problem(*given)
+    x, y, module = problem.x, problem.y, problem.module()
+    (head,) = problem.checked_heads()
+    options = problem.options()
     if hasattr(module, "sweep"):
         loss, gradients = module.sweep(x, y, head, row_weight, **options, need=Need(*need))
     else:
@@ -118,35 +85,15 @@ def _forward(
     return [loss, *(g.to(wide) for g in flat_gradients(gradients, x))]
 
 
-def _forward_fake(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor | None,
-    row_bias: Tensor | None,
-    column_bias: Tensor | None,
-    row_weight: Tensor,
-    tensors: list[Tensor],
-    numbers: list[int],
-    factors: list[float],
-    spec: str,
-    normalize: bool,
-    first_column: int,
-    columns: int,
-    impl: str,
-    need: list[bool],
-) -> list[Tensor]:
-    wide = accumulation_dtype(x.dtype)
-    gradients = [
-        x.new_empty(t.shape if t is not None and wanted else 0, dtype=wide)
-        for t, wanted in zip((x, y, scale, row_bias, column_bias), need, strict=True)
-    ]
-    return [x.new_empty((), dtype=wide), *gradients]
+def _forward_fake(*arguments: Any) -> list[Tensor]:
+    *given, _, need = arguments
+    problem = Problem(*given)
+    wide = accumulation_dtype(problem.x.dtype)
+    return [problem.x.new_empty((), dtype=wide), *problem.empty_gradients(need, wide)]
 
 
 define(
-    "masked_lse_sum(Tensor x, Tensor? y, Tensor? scale, Tensor? row_bias, Tensor? column_bias, Tensor row_weight, "
-    "Tensor[] tensors, SymInt[] numbers, float[] factors, str spec, bool normalize, SymInt first_column, "
-    "SymInt columns, str impl, bool[] need) -> Tensor[]",
+    f"masked_lse_sum({SCHEMA}, Tensor row_weight, bool[] need) -> Tensor[]",
     _forward,
     _forward_fake,
 )
@@ -166,7 +113,6 @@ class _MaskedLseSum(torch.autograd.Function):
         scale: Tensor | None,
         row_bias: Tensor | None,
         column_bias: Tensor | None,
-        row_weight: Tensor,
         tensors: list[Tensor],
         numbers: list[int],
         factors: list[float],
@@ -175,6 +121,7 @@ class _MaskedLseSum(torch.autograd.Function):
         first_column: int,
         columns: int,
         impl: str,
+        row_weight: Tensor,
         need: list[bool],
     ) -> tuple[Tensor, ...]:
         return tuple(
@@ -184,7 +131,6 @@ class _MaskedLseSum(torch.autograd.Function):
                 scale,
                 row_bias,
                 column_bias,
-                row_weight,
                 tensors,
                 numbers,
                 factors,
@@ -193,6 +139,7 @@ class _MaskedLseSum(torch.autograd.Function):
                 first_column,
                 columns,
                 impl,
+                row_weight,
                 need,
             )
         )
@@ -202,11 +149,11 @@ class _MaskedLseSum(torch.autograd.Function):
         _, *gradients = output
         ctx.need = inputs[-1]
         ctx.mark_non_differentiable(*gradients)
-        ctx.save_for_backward(*gradients, *inputs[:5])
+        ctx.save_for_backward(*gradients, *inputs[:LEARNED])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients, inputs = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        gradients, inputs = ctx.saved_tensors[:LEARNED], ctx.saved_tensors[LEARNED:]
         compiling = torch.compiler.is_compiling()
         results: list[Tensor | None] = []
         for gradient, given, wanted in zip(gradients, inputs, ctx.need, strict=True):
@@ -216,7 +163,8 @@ class _MaskedLseSum(torch.autograd.Function):
                 results.append((gradient * grad).to(given.dtype))
             else:
                 results.append(_Scaled.apply(gradient, grad, given.dtype, *inputs))
-        return *results, *[None] * 10
+        constants = [None] * (len(Problem._fields) - LEARNED + 2)
+        return *results, *constants
 
 
 class _Scaled(torch.autograd.Function):

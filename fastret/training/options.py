@@ -24,7 +24,7 @@ class TrainOptions:
         iterations: number of batches.
         batch_classes: classes of a batch; all there are where the data has fewer.
         samples_per_class: images of each class in a batch.
-        temperature: of the loss, in units of the cosine.
+        temperature: of the loss, in units of the cosine; multi-similarity has none.
         lr: AdamW's learning rate at the start; it falls to 0 along a cosine.
         seed: of the weights, the batches and the augmentation.
         checkpoint_every: iterations between two checkpoints.

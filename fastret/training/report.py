@@ -45,7 +45,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of one forward and backward of the loss, measured, and what the official code needs at its peak."""
+    """Peak bytes of one forward and backward of the loss, measured, and what the code it replaces needs at its peak."""
 
     loss: Peak
     official_bytes: int
@@ -94,7 +94,7 @@ class Report:
 
     def _memory(self, rows: int) -> str:
         official = training_loss(self.options.loss).official
-        needs = f"the official code's {official} need {_size(self.memory.official_bytes)} at N = {rows:,}"
+        needs = f"{official} need {_size(self.memory.official_bytes)} at N = {rows:,}"
         peak = self.memory.loss
         return f"{f'not measured: {peak.problem}' if peak.bytes is None else _size(peak.bytes)}; {needs}"
 

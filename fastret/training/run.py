@@ -60,6 +60,7 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
 
     width = trainer.model.embed.out_features
     job = Job(options.loss, trainer.settings, trainer.batch_rows, width, options.device, torch.get_num_threads())
+    official_bytes = training_loss(options.loss).official_bytes(trainer.batch_rows, options.samples_per_class)
     report = Report(
         options=options,
         train=Part.of(trainer.data),
@@ -69,7 +70,7 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
         after=evaluate(trainer.model, held_out, options.device),
         history=trainer.history,
         seconds=Seconds(trainer.seconds, trainer.loss_seconds),
-        memory=Memory(measure_peak(job), training_loss(options.loss).official_bytes(trainer.batch_rows)),
+        memory=Memory(measure_peak(job), official_bytes),
     )
     say(f"\n{report.table()}\n")
     report.write(folder)

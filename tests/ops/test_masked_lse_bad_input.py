@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastret.ops import Circulant, Dense, Head, Indexed, PairMask, masked_lse, masked_lse_sum
+from fastret.ops import Circulant, Dense, Head, Indexed, Listed, PairMask, masked_lse, masked_lse_sum
 
 X, L = torch.randn(6, 4), torch.arange(6)
 BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -61,6 +61,33 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: masked_lse(X, heads=[Head(target=Indexed(L - 1))], impl="reference"),
         ValueError,
         "target.index: expected numbers from 0 to 5, got -1",
+    ),
+    "listed offsets": (
+        lambda: masked_lse(X, heads=[Head(target=Listed(L, L, L.float()))]),
+        ValueError,
+        r"target.offsets: expected shape \(7,\), got \(6,\)",
+    ),
+    "listed weights": (
+        lambda: masked_lse(X, heads=[Head(target=Listed(torch.arange(7), L, torch.ones(5)))]),
+        ValueError,
+        r"target.weight: expected shape \(6,\), got \(5,\)",
+    ),
+    "listed index": (
+        lambda: masked_lse(X, heads=[Head(target=Listed(torch.arange(7), L + 1, torch.ones(6)))], impl="tiled"),
+        ValueError,
+        "target.index: expected numbers from 0 to 5, got 6",
+    ),
+    "listed index as a list": (
+        lambda: masked_lse(X, heads=[Head(target=Listed(torch.arange(7), [0] * 6, torch.ones(6)))]),
+        TypeError,
+        "target.index: expected a tensor.*got list",
+    ),
+    "falling offsets": (
+        lambda: masked_lse(
+            X, heads=[Head(target=Listed(torch.tensor([0, 2, 1, 3, 4, 5, 6]), L, torch.ones(6)))], impl="tiled"
+        ),
+        ValueError,
+        r"target.offsets: expected numbers that rise from 0 to 6, got \[0, 2, 1",
     ),
     "circulant": (
         lambda: masked_lse(X, heads=[Head(target=Circulant((0, 1), (1.0,), 6))]),

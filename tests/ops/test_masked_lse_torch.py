@@ -9,7 +9,7 @@ from torch import Tensor
 from fastret.backends import registry
 from fastret.backends.registry import Call
 from fastret.ops import Head, Indexed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
-from fastret.ops.heads import flatten
+from fastret.ops.problem import LEARNED, pack
 
 F64 = torch.float64
 FUSED = [
@@ -125,16 +125,15 @@ def test_registered_operators(impl: str) -> None:
         (y, [Head(scale, pairs, Indexed(NAMES), 0.1, row_bias), Head(3.0, axis="column", column_bias=column_bias)]),
         (None, [Head(2.0, itself, Masked(itself, row_bias), width=2)]),
     ):
-        flat = flatten(heads, F64)
-        problem = (x, gallery, flat.scale, flat.row_bias, flat.column_bias, flat.tensors, flat.numbers, flat.factors)
-        options = (flat.spec, True, 0, N if gallery is None else M, impl)
-        torch.library.opcheck(operators.masked_lse.default, (*problem, *options))
-        results = operators.masked_lse.default(*problem, *options)
-        need = [t is not None for t in problem[:5]]
-        backward = ([torch.ones_like(r) for r in results], results[::2], *problem, *options, need)
+        columns = N if gallery is None else M
+        problem = pack(x, gallery, heads, normalize=True, first_column=0, columns=columns, impl=impl)
+        torch.library.opcheck(operators.masked_lse.default, problem)
+        results = operators.masked_lse.default(*problem)
+        need = [t is not None for t in problem[:LEARNED]]
+        backward = ([torch.ones_like(r) for r in results], results[::2], *problem, need)
         torch.library.opcheck(operators.masked_lse_backward.default, backward)
         if len(heads) == 1:
-            weighted = (*problem[:5], row_bias, *problem[5:], *options, need)
+            weighted = (*problem, row_bias, need)
             torch.library.opcheck(operators.masked_lse_sum.default, weighted)
 
 

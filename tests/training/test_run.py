@@ -14,6 +14,7 @@ import torch
 from fastret.training import Interrupted, TrainOptions, checkpoint, train
 from fastret.training.checkpoint import load_checkpoint, save_checkpoint
 from fastret.training.interrupt import deferred_interrupt
+from fastret.training.losses import LOSSES
 from fastret.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_memory_process")
@@ -197,6 +198,14 @@ def test_resuming_with_other_options_is_refused(options: Build) -> None:
         train(options(iterations=1, lr=0.1), resume=True, say=_silent)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains(name: str, options: Build) -> None:
+    lines: list[str] = []
+    report = train(options(loss=name, temperature=0.1, iterations=30), say=lines.append)
+    assert sum(report.history[-5:]) < sum(report.history[:5])
+    assert LOSSES[name].official in "\n".join(lines)
+
+
 def test_diverging_loss_is_reported(options: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(self: Any, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return embeddings.sum() * float("nan")
@@ -209,7 +218,7 @@ def test_diverging_loss_is_reported(options: Build, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"loss": "triplet"}, ValueError, "loss: expected one of smooth-ap, got 'triplet'"),
+        ({"loss": "triplet"}, ValueError, "loss: expected one of smooth-ap, .*, got 'triplet'"),
         ({"iterations": 0}, ValueError, "iterations: expected at least 1, got 0"),
         ({"iterations": 1.5}, TypeError, "iterations: expected an integer, got float"),
         ({"batch_classes": 1}, ValueError, "batch_classes: expected at least 2, got 1"),

@@ -9,7 +9,19 @@ from torch import Tensor
 from fastret import _C
 from fastret.backends import phi
 from fastret.backends.cpu.array import ArrayTuple, array, rows_of
-from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
+from fastret.backends.pairs import (
+    Circulant,
+    Dense,
+    Gradients,
+    Head,
+    Indexed,
+    Listed,
+    Masked,
+    Need,
+    PairMask,
+    Shifted,
+    Target,
+)
 from fastret.backends.rows import accumulation_dtype
 
 _Prefixes = list[tuple[int | None, Tensor | None]]  # gradients of so many features
@@ -56,6 +68,8 @@ def _target(target: Target | None, smoothing: float, columns: int) -> "_C.Target
             kind, mask, weight = 3, mask_tuple(target.mask), array(target.weight)
         case Dense():
             kind, dense = 4, array(target.weights)
+        case Listed():
+            raise NotImplementedError("target: the C++ kernel does not take Listed; impl='tiled' does")
     uniform = smoothing / columns if smoothing else 0.0
     return kind, index, shifts, weights, base, period, mask, weight, dense, 1 - smoothing, uniform
 
