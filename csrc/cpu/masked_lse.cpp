@@ -4,10 +4,12 @@
 //
 // Where y is x, S is symmetric: only block pairs I > J are multiplied. The tile holds the pairs (I, J) and, transposed,
 // (J, I); backward adds both and needs dX_I += W X_J, dX_J += W^T X_I: half a product forward, one and a half backward.
+// Levels of features (levels.h) take turns in a tile: each adds its features to the product, and has a tile of its own.
 // Two tiles that are worked at once share no rows and no columns (plan.h), so that every sum has one writer.
 #include "masked_lse.h"
 
 #include "gemm.h"
+#include "levels.h"
 #include "pack.h"
 #include "pair_rows.h"
 #include "phi.h"
@@ -16,17 +18,20 @@
 FASTRET_ISA_BEGIN
 
 template <class T> struct ThreadSpace {
-  T *tile, *turned;          // scores of a tile, and their transpose
+  T *tile, *turned;          // products of a tile, and its scores' transpose
+  T* levels;                 // scores of each of several levels; those of one are its products
   T *logits, *a, *b;         // one row
   T* gemm;
   static int64_t row_elements(const Plan& p) { return std::max(p.row_block, p.col_block); }
-  static int64_t elements(const Plan& p) {
-    return 2 * p.row_block * p.col_block + 3 * row_elements(p) + kGemmWorkspace;
+  static int64_t elements(const Plan& p, int64_t tiles) {
+    return tiles * p.row_block * p.col_block + 3 * row_elements(p) + kGemmWorkspace;
   }
   ThreadSpace(const MaskedLseWork& w, int thread) {
+    const int64_t size = w.plan.row_block * w.plan.col_block;
     tile = reinterpret_cast<T*>(w.threads + thread * w.thread_bytes);
-    turned = tile + w.plan.row_block * w.plan.col_block;
-    gemm = turned + w.plan.row_block * w.plan.col_block;
+    turned = tile + size;
+    levels = turned + size;
+    gemm = tile + w.tiles * size;
     logits = gemm + kGemmWorkspace;
     a = logits + row_elements(w.plan);
     b = a + row_elements(w.plan);
@@ -47,8 +52,10 @@ template <class T> class MaskedLse {
       const ThreadSpace<T> space(w_, thread_number());
       poison += pack();
       for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) {
-        score_tile(t, space);
-        for_sides(t, space, [&](const Side& side) { reduce_side(side, space); });
+        for (int64_t k = 0; k < w_.level_count; ++k) {
+          T* scores = score_tile(t, k, space);
+          for_sides(t, k, scores, space, [&](const Side& side) { reduce_side(side, space); });
+        }
       });
     }
     for (int64_t k = 0; k < w_.head_count; ++k) finish(w_.heads[k], poison);
@@ -63,14 +70,15 @@ template <class T> class MaskedLse {
       clear(dx_, n_ * d_);
       if (!p_.symmetric) clear(dy_, m_ * d_);
       for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) { gradient_tile(t, space); });
-      deliver(dx, dx_, x_, static_cast<T*>(w_.x_norm));
-      if (!p_.symmetric) deliver(dy, dy_, y_, static_cast<T*>(w_.y_norm));
+      deliver(dx, dx_, x_, static_cast<T*>(w_.x_norm), &LseLevelWork::x);
+      if (!p_.symmetric) deliver(dy, dy_, y_, static_cast<T*>(w_.y_norm), &LseLevelWork::y);
     }
   }
 
  private:
-  // Scores of rows [row, row + rows) and columns [col, col + cols): a tile, or the transpose of one.
+  // Scores of rows [row, row + rows) and columns [col, col + cols): a tile, or the transpose of one; and whose they are.
   struct Side {
+    const LseLevelWork& level;
     T* scores;
     int64_t stride, row, rows, col, cols;
     Span span(int64_t r, int64_t first_column) const { return {row + r, col, cols, first_column}; }
@@ -80,28 +88,46 @@ template <class T> class MaskedLse {
   T pack() {
     T poison = place_rows(p_.x, w_.pack_x, p_.normalize, nullptr, x_, static_cast<T*>(w_.x_norm));
     if (!p_.symmetric) poison += place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, y_, static_cast<T*>(w_.y_norm));
+    for (int64_t k = 0; k < w_.level_count; ++k) {
+      const LseLevelWork& level = w_.levels[k];
+      level_factors(x_, static_cast<T*>(w_.x_norm), n_, d_, level.end, level.x);
+      if (!p_.symmetric) level_factors(y_, static_cast<T*>(w_.y_norm), m_, d_, level.end, level.y);
+    }
     return poison;
   }
 
-  void score_tile(const Tile& t, const ThreadSpace<T>& space) const {
-    gemm(Op::none, Op::transpose, t.rows(), t.cols(), d_, x_ + t.row * d_, d_, y_ + t.col * d_, d_, false, space.tile,
-         w_.plan.col_block, space.gemm);
-    if (t.two_sided)
-      transpose<false>(space.tile, w_.plan.col_block, t.rows(), t.cols(), space.turned, w_.plan.row_block);
+  T* level_tile(int64_t k, const ThreadSpace<T>& space) const {
+    return w_.level_count == 1 ? space.tile : space.levels + k * w_.plan.row_block * w_.plan.col_block;
   }
 
-  template <class Visit> void for_sides(const Tile& t, const ThreadSpace<T>& space, Visit visit) const {
-    auto padding_zeroed = [&](const Side& side) {
-      for (int64_t r = 0; r < side.rows; ++r)
-        std::fill(side.at(r) + side.cols, side.at(r) + padded<T>(side.cols), T(0));
-      visit(side);
-    };
-    padding_zeroed({space.tile, w_.plan.col_block, t.row, t.rows(), t.col, t.cols()});
-    if (t.two_sided) padding_zeroed({space.turned, w_.plan.row_block, t.col, t.cols(), t.row, t.rows()});
+  // Scores of a level: its features join the product of those before it. Rows are padded by zeros.
+  T* score_tile(const Tile& t, int64_t k, const ThreadSpace<T>& space) const {
+    const LseLevelWork& level = w_.levels[k];
+    const int64_t begin = level.begin, stride = w_.plan.col_block;
+    T* scores = level_tile(k, space);
+    gemm(Op::none, Op::transpose, t.rows(), t.cols(), level.end - begin, x_ + t.row * d_ + begin, d_,
+         y_ + t.col * d_ + begin, d_, k > 0, space.tile, stride, space.gemm);
+    pad(space.tile, stride, t.rows(), t.cols());
+    if (scores != space.tile) scale_products(t, level, space.tile, stride, scores);
+    if (!t.two_sided) return scores;
+    transpose<false>(scores, stride, t.rows(), t.cols(), space.turned, w_.plan.row_block);
+    pad(space.turned, w_.plan.row_block, t.cols(), t.rows());
+    return scores;
+  }
+
+  static void pad(T* tile, int64_t stride, int64_t rows, int64_t cols) {
+    for (int64_t r = 0; r < rows; ++r) std::fill(tile + r * stride + cols, tile + r * stride + padded<T>(cols), T(0));
+  }
+
+  template <class Visit>
+  void for_sides(const Tile& t, int64_t k, T* scores, const ThreadSpace<T>& space, Visit visit) const {
+    const LseLevelWork& level = w_.levels[k];
+    visit(Side{level, scores, w_.plan.col_block, t.row, t.rows(), t.col, t.cols()});
+    if (t.two_sided) visit(Side{level, space.turned, w_.plan.row_block, t.col, t.cols(), t.row, t.rows()});
   }
 
   void reduce_side(const Side& side, const ThreadSpace<T>& space) const {
-    for (int64_t k = 0; k < w_.head_count; ++k) {
+    for (int64_t k = side.level.head; k < side.level.head_end; ++k) {
       const LseHeadWork& h = w_.heads[k];
       const Reduction kind = h.head->reduce;
       T* top = h.head->column && kind == Reduction::lse ? space.b : nullptr;
@@ -221,30 +247,40 @@ template <class T> class MaskedLse {
   }
 
   void gradient_tile(const Tile& t, const ThreadSpace<T>& space) const {
-    score_tile(t, space);
-    for_sides(t, space, [&](const Side& side) {
-      for (int64_t r = 0; r < side.rows; ++r) weigh_row(side.span(r, p_.first_column), side.at(r), space);
-    });
-    if (t.two_sided)
-      transpose<true>(space.turned, w_.plan.row_block, t.cols(), t.rows(), space.tile, w_.plan.col_block);
-    if (dx_)
-      gemm(Op::none, Op::none, t.rows(), d_, t.cols(), space.tile, w_.plan.col_block, y_ + t.col * d_, d_, true,
-           dx_ + t.row * d_, d_, space.gemm);
-    if (dy_)
-      gemm(Op::transpose, Op::none, t.cols(), d_, t.rows(), space.tile, w_.plan.col_block, x_ + t.row * d_, d_, true,
-           dy_ + t.col * d_, d_, space.gemm);
+    const int64_t stride = w_.plan.col_block, last = w_.level_count - 1;
+    for (int64_t k = 0; k <= last; ++k) {
+      T* scores = score_tile(t, k, space);
+      for_sides(t, k, scores, space, [&](const Side& side) {
+        for (int64_t r = 0; r < side.rows; ++r)
+          weigh_row(side.level, side.span(r, p_.first_column), side.at(r), space);
+      });
+      if (t.two_sided) transpose<true>(space.turned, w_.plan.row_block, t.cols(), t.rows(), scores, stride);
+      slopes_of_products(t, w_.levels[k], space.tile, stride, scores);
+    }
+    for (int64_t k = last; k >= 0; --k) {
+      const int64_t begin = w_.levels[k].begin, width = w_.levels[k].end - begin;
+      T* slopes = level_tile(k, space);
+      if (k < last) add_slopes(t, level_tile(k + 1, space), stride, slopes);
+      if (dx_)
+        gemm(Op::none, Op::none, t.rows(), width, t.cols(), slopes, stride, y_ + t.col * d_ + begin, d_, true,
+             dx_ + t.row * d_ + begin, d_, space.gemm);
+      if (dy_)
+        gemm(Op::transpose, Op::none, t.cols(), width, t.rows(), slopes, stride, x_ + t.row * d_ + begin, d_, true,
+             dy_ + t.col * d_ + begin, d_, space.gemm);
+    }
   }
 
-  // A row of scores becomes the row of dL/dS, summed over heads.
-  void weigh_row(const Span& at, T* scores, const ThreadSpace<T>& space) const {
+  // A row of a level's scores becomes the row of dL/dS, summed over its heads.
+  void weigh_row(const LseLevelWork& level, const Span& at, T* scores, const ThreadSpace<T>& space) const {
     T *weights = space.logits, *total = space.b;
-    for (int64_t k = 0; k < w_.head_count; ++k) {
+    for (int64_t k = level.head; k < level.head_end; ++k) {
       const LseHeadWork& h = w_.heads[k];
+      const bool first = k == level.head;
       weigh(h, at, scores, weights, space.a);
       const T scale = T(h.head->scale);
       for (int64_t j = 0; j < at.cols; j += lanes<T>) {
         const Vec<T> v = load<T>(weights + j) * scale;
-        store<T>(total + j, k == 0 ? v : load<T>(total + j) + v);
+        store<T>(total + j, first ? v : load<T>(total + j) + v);
       }
       add_parameters(h, at, scores, weights);
     }
@@ -299,10 +335,14 @@ template <class T> class MaskedLse {
     }
   }
 
-  void deliver(const Array& out, T* du, const T* u, const T* norms) const {
+  void deliver(const Array& out, T* du, const T* u, const T* norms, LseLevelWork::Side LseLevelWork::*side) const {
     if (!du) return;
+    const bool by_prefix = p_.normalize && w_.level_count > 1;
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < out.rows; ++p) deliver_rows(out, du, u, norms, p_.normalize, p, p + 1);
+    for (int64_t p = 0; p < out.rows; ++p) {
+      if (by_prefix) project_prefixes(du + p * d_, u + p * d_, norms[p], p, w_.levels, w_.level_count, side);
+      deliver_rows(out, du, u, norms, p_.normalize && !by_prefix, p, p + 1);
+    }
   }
 
   const MaskedLseWork& w_;
@@ -311,7 +351,9 @@ template <class T> class MaskedLse {
   T *x_, *y_, *dx_, *dy_;
 };
 
-template <class T> int64_t thread_elements(const Plan& plan) { return ThreadSpace<T>::elements(plan); }
+template <class T> int64_t thread_elements(const Plan& plan, int64_t tiles) {
+  return ThreadSpace<T>::elements(plan, tiles);
+}
 template <class T> void forward(const MaskedLseWork& w) { MaskedLse<T>(w).forward(); }
 template <class T> void backward(const MaskedLseWork& w, const Array& dx, const Array& dy) {
   MaskedLse<T>(w).backward(dx, dy);

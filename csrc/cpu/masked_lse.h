@@ -47,6 +47,11 @@ struct LseHead {
   Reduction reduce = Reduction::lse;
 };
 
+// Heads that see only the first `width` features (Matryoshka). Heads come level by level.
+struct LseLevel {
+  int64_t width = 0, heads = 0;
+};
+
 struct MaskedLseProblem {
   Array x, y;  // (N, D), (M, D); y is x where `symmetric`
   bool symmetric = false;
@@ -54,6 +59,7 @@ struct MaskedLseProblem {
   int64_t first_column = 0;  // global number of y's first row
   int threads = 1;
   std::vector<LseHead> heads;
+  std::vector<LseLevel> levels;  // widths ascend to D; none: all heads see all features
 };
 
 // Per head, of its axis' length: results of forward; in backward lse with the gradients that arrive (no data: zero).
@@ -101,12 +107,26 @@ struct LseHeadWork {
   void *grad_row_bias = nullptr, *grad_col_bias = nullptr;  // or not wanted
 };
 
+// A level on its way through the kernels: heads [head, head_end), which see features [0, end), of which the next
+// narrower level sees `begin`. See levels.h.
+struct LseLevelWork {
+  struct Side {
+    void* factor = nullptr;  // per row: norm of all features over that of the level's; null: its scores are products
+    void* radial = nullptr;  // backward, per row: the radial part of its gradient, or not wanted
+  };
+  int64_t begin = 0, end = 0, head = 0, head_end = 0;
+  Side x, y;
+};
+
 struct MaskedLseWork {
   const MaskedLseProblem& problem;
   Plan plan;
   SweepPlan sweep;
   LseHeadWork* heads = nullptr;
   int64_t head_count = 0;
+  const LseLevelWork* levels = nullptr;
+  int64_t level_count = 0;
+  int64_t tiles = 0;  // of a thread's workspace
   bool pack_x = true, pack_y = true;  // false: rows are used where they lie
   void *x = nullptr, *y = nullptr, *x_norm = nullptr, *y_norm = nullptr;
   void *dx = nullptr, *dy = nullptr;  // gradients of the packed rows; dy = dx where symmetric
@@ -117,7 +137,7 @@ struct MaskedLseWork {
 };
 
 struct MaskedLseKernels {
-  int64_t (*thread_elements)(const Plan&);
+  int64_t (*thread_elements)(const Plan&, int64_t tiles);
   void (*forward)(const MaskedLseWork&);
   void (*backward)(const MaskedLseWork&, const Array& dx, const Array& dy);
 };

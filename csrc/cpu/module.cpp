@@ -44,6 +44,7 @@ using TargetTuple = std::tuple<int, MaybeArray, std::vector<int64_t>, std::vecto
                                MaybeArray, MaybeArray, double, double>;
 // scale, whether over columns, mask, target, row bias, column bias, reduction
 using HeadTuple = std::tuple<double, bool, MaskTuple, TargetTuple, MaybeArray, MaybeArray, int>;
+using LevelTuple = std::pair<int64_t, int64_t>;  // width, number of heads
 using GradientTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray>;  // scale, row bias, column bias
 
 PairMask::Relation relation(const Relation& r) {
@@ -71,9 +72,11 @@ LseGradient gradient(const GradientTuple& t) {
 }
 
 MaskedLseProblem lse_problem(const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
-                             bool normalize, int64_t first_column, int threads) {
-  MaskedLseProblem p{array(x), array(y ? *y : x), !y.has_value(), normalize, first_column, threads, {}};
+                             bool normalize, int64_t first_column, int threads,
+                             const std::vector<LevelTuple>& levels = {}) {
+  MaskedLseProblem p{array(x), array(y ? *y : x), !y.has_value(), normalize, first_column, threads, {}, {}};
   for (const HeadTuple& h : heads) p.heads.push_back(head(h));
+  for (const auto& [width, count] : levels) p.levels.push_back({width, count});
   return p;
 }
 
@@ -106,20 +109,21 @@ PYBIND11_MODULE(_C, m) {
         });
 
   m.def("masked_lse_forward",
-        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads, bool normalize,
-           int64_t first_column, int threads, const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results) {
-          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads);
+        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
+           const std::vector<LevelTuple>& levels, bool normalize, int64_t first_column, int threads,
+           const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results) {
+          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels);
           std::vector<LseResult> out;
           for (const auto& [lse, t] : results) out.push_back({array(lse), array(t)});
           const py::gil_scoped_release release;
           masked_lse_forward(p, out);
         });
   m.def("masked_lse_backward",
-        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads, bool normalize,
-           int64_t first_column, int threads,
+        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
+           const std::vector<LevelTuple>& levels, bool normalize, int64_t first_column, int threads,
            const std::vector<std::tuple<ArrayTuple, MaybeArray, MaybeArray>>& upstream, const MaybeArray& dx,
            const MaybeArray& dy, const std::vector<GradientTuple>& gradients) {
-          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads);
+          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels);
           std::vector<LseUpstream> in;
           for (const auto& [lse, grad_lse, grad_t] : upstream)
             in.push_back({array(lse), array(grad_lse), array(grad_t)});

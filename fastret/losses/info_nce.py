@@ -6,14 +6,18 @@ With logits l_ij = <q_i, k_j> / tau and the positive key p_i of each query,
 
     InfoNCE = mean over i of lse_j l_ij - l_{i, p_i}
     symmetric, CLIP (p_i = i, 1 / tau = logit_scale) = mean over i of (lse_j l_ij + lse_j l_ji) / 2 - l_ii
+
+and with ``matryoshka`` the sum of either over prefixes of the features (Kusupati et al., fastret.losses.matryoshka).
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastret.backends.pairs import Head, Indexed, Shifted
+from fastret.losses.matryoshka import check_matryoshka, prefixes, weighted
 from fastret.losses.reduction import check_reduction, reduce_valid, row_weights
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
@@ -28,6 +32,8 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     symmetric: bool = False,
     normalize: bool = True,
+    matryoshka: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
     reduction: str = "mean",
     impl: str | None = None,
 ) -> Tensor:
@@ -40,7 +46,10 @@ def info_nce(
         temperature: tau > 0; a 0-dim tensor receives a gradient.
         symmetric: mean of both directions: queries are also negatives of keys. Needs N = M and no target.
         normalize: cosine scores; False: dot products of the rows as given.
-        reduction: "mean", "sum", or "none": (N,).
+        matryoshka: widths w_1 < ... < w_K, at most D: the sum of the losses on the first w_k features (of prefixes over
+            their own norms where normalised). None: all features.
+        matryoshka_weights: (K,) positive factors of these losses; None: 1 each.
+        reduction: "mean", "sum", or "none": (N,), summed over widths.
         impl: "reference", "tiled", "cpu" or "triton"; None: the fastest that serves the call.
 
     Returns:
@@ -61,14 +70,17 @@ def info_nce(
             raise ValueError("target: expected None with symmetric=True, where key i belongs to query i, got a tensor")
     elif m < n or (symmetric and m != n):
         raise ValueError(f"key: expected {'' if symmetric else 'at least '}{n} rows like the queries, got {m}")
-    head = Head(1 / temperature, target=Shifted() if target is None else Indexed(target))
+    widths, weights = prefixes(matryoshka, matryoshka_weights, query.shape[1])
+    scale, positive = 1 / temperature, Shifted() if target is None else Indexed(target)
+    heads = [Head(scale, target=positive, width=w) for w in widths]
     if symmetric:
-        return _both_directions(query, key, head, normalize, reduction, impl)
-    if reduction != "none":
-        weight = row_weights(query, None, reduction)
-        return masked_lse_sum(query, key, head=head, row_weight=weight, normalize=normalize, impl=impl)
-    ((lse, t),) = masked_lse(query, key, heads=[head], normalize=normalize, impl=impl)
-    return lse - t
+        return _both_directions(query, key, heads, weights, normalize, reduction, impl)
+    if reduction != "none" and len(heads) == 1:
+        weight = row_weights(query, None, reduction) * weights[0]
+        return masked_lse_sum(query, key, head=heads[0], row_weight=weight, normalize=normalize, impl=impl)
+    results = masked_lse(query, key, heads=heads, normalize=normalize, impl=impl)
+    losses = weighted([lse - t for lse, t in results], weights)
+    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
 
 
 def clip(
@@ -96,13 +108,23 @@ def clip(
     check_reduction(reduction)
     if text_features.shape[0] != image_features.shape[0]:
         raise ValueError(f"text_features: expected {image_features.shape[0]} rows, got {text_features.shape[0]}")
-    return _both_directions(image_features, text_features, Head(logit_scale, target=Shifted()), False, reduction, impl)
+    heads = [Head(logit_scale, target=Shifted())]
+    return _both_directions(image_features, text_features, heads, [1.0], False, reduction, impl)
 
 
-def _both_directions(x: Tensor, y: Tensor, head: Head, normalize: bool, reduction: str, impl: str | None) -> Tensor:
-    heads = [head, Head(head.scale, axis="column")]
-    (over_keys, positive), (over_queries, _) = masked_lse(x, y, heads=heads, normalize=normalize, impl=impl)
-    losses = (over_keys + over_queries) / 2 - positive
+def _both_directions(
+    x: Tensor,
+    y: Tensor,
+    heads: list[Head],
+    weights: list[float],
+    normalize: bool,
+    reduction: str,
+    impl: str | None,
+) -> Tensor:
+    columns = [Head(head.scale, axis="column", width=head.width) for head in heads]
+    results = masked_lse(x, y, heads=[*heads, *columns], normalize=normalize, impl=impl)
+    pairs = zip(results[: len(heads)], results[len(heads) :], strict=True)
+    losses = weighted([(row + column) / 2 - positive for (row, positive), (column, _) in pairs], weights)
     return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
 
 
@@ -111,13 +133,15 @@ class InfoNCE(nn.Module):
 
     L = mean over i of lse_j(<q_i, k_j> / tau) - <q_i, k_{p_i}> / tau
 
-    Cost: three matmuls of N M D for loss and gradients (reduction="none" and symmetric: four). Memory: O(N + M) and
-    the gradients; nothing is N x M.
+    Cost: three matmuls of N M D for loss and gradients (reduction="none", symmetric and matryoshka: four). Memory:
+    O(N + M) and the gradients; nothing is N x M. K widths of ``matryoshka`` cost four matmuls of N M w_K in all in C++,
+    and K exponentials a pair in each direction; a call a width costs three of N M sum(w).
 
     Args:
         temperature: tau > 0; a 0-dim tensor receives a gradient.
         symmetric: mean of both directions.
-        normalize, reduction, impl: as in ``fastret.functional.info_nce``, and so are the errors raised.
+        normalize, matryoshka, matryoshka_weights, reduction, impl: as in ``fastret.functional.info_nce``, and so
+            are the errors raised.
     """
 
     citation: ClassVar[str] = (
@@ -132,15 +156,20 @@ class InfoNCE(nn.Module):
         *,
         symmetric: bool = False,
         normalize: bool = True,
+        matryoshka: Sequence[int] | None = None,
+        matryoshka_weights: Sequence[float] | None = None,
         reduction: str = "mean",
         impl: str | None = None,
     ) -> None:
         super().__init__()
         checks.check_positive(temperature, "temperature")
         check_reduction(reduction)
+        check_matryoshka(matryoshka, matryoshka_weights)
         self.temperature = temperature
         self.symmetric = symmetric
         self.normalize = normalize
+        self.matryoshka = matryoshka
+        self.matryoshka_weights = matryoshka_weights
         self.reduction = reduction
         self.impl = impl
 
@@ -153,12 +182,15 @@ class InfoNCE(nn.Module):
             temperature=self.temperature,
             symmetric=self.symmetric,
             normalize=self.normalize,
+            matryoshka=self.matryoshka,
+            matryoshka_weights=self.matryoshka_weights,
             reduction=self.reduction,
             impl=self.impl,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, symmetric={self.symmetric}, reduction={self.reduction!r}"
+        widths = "" if self.matryoshka is None else f", matryoshka={self.matryoshka}"
+        return f"temperature={self.temperature}, symmetric={self.symmetric}, reduction={self.reduction!r}{widths}"
 
 
 class CLIPLoss(nn.Module):

@@ -30,7 +30,8 @@ class FlatHeads:
 
     Attributes:
         scale: (K,) those scales that are tensors. row_bias, column_bias: (K', N), (K'', M). None where there is none.
-        tensors: labels, ids, indices, thresholds, weights: no gradients.
+        tensors: labels, ids, indices, thresholds, weights: no gradients. One that several heads refer to comes once.
+        given: the same as the heads have them.
     """
 
     spec: str
@@ -40,6 +41,7 @@ class FlatHeads:
     tensors: list[Tensor] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     factors: list[float] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)
 
 
 def flatten(heads: Sequence[Head], dtype: torch.dtype) -> FlatHeads:
@@ -82,15 +84,24 @@ def _put(value: Any, path: str, dtype: torch.dtype, flat: FlatHeads, words: list
         for k, part in enumerate(value):
             _put(part, f"{path}.{k}", dtype, flat, words)
     elif isinstance(value, Tensor):
-        words.append(f"{path}=tensor:{len(flat.tensors)}")
-        wide = value.detach().to(dtype if value.is_floating_point() else torch.int64)
-        flat.tensors.append(wide.contiguous())
+        words.append(f"{path}=tensor:{_place(value, dtype, flat)}")
     elif isinstance(value, (int, torch.SymInt)):
         words.append(f"{path}=number:{len(flat.numbers)}")
         flat.numbers.append(value)  # type: ignore[arg-type]  # a traced size counts as one
     else:
         words.append(f"{path}=factor:{len(flat.factors)}")
         flat.factors.append(value)
+
+
+def _place(value: Tensor, dtype: torch.dtype, flat: FlatHeads) -> int:
+    """Where the tensor is among the flat ones; it joins them if it is new."""
+    for k, known in enumerate(flat.given):
+        if known is value:
+            return k
+    wide = value.detach().to(dtype if value.is_floating_point() else torch.int64)
+    flat.given.append(value)
+    flat.tensors.append(wide.contiguous())
+    return len(flat.tensors) - 1
 
 
 def restore(

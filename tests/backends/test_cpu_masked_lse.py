@@ -380,7 +380,8 @@ def test_memory_that_malloc_returns_dirty() -> None:
         "  m = len(x if y is None else y)\n"
         "  o = dict(normalize=True, first_column=0, columns=m)\n"
         "  h = Head(scale=torch.tensor(9.), mask=PairMask(offset=1), target=Shifted(0), column_bias=torch.ones(m))\n"
-        "  hs, need = [h, Head(axis='column', target=Shifted(0))], Need(True, y is not None, True, True, True)\n"
+        "  hs = [h, Head(axis='column', target=Shifted(0)), Head(target=Shifted(0), width=9)]\n"
+        "  need = Need(True, y is not None, True, True, True)\n"
         "  r = k.forward(x, y, hs, **o)\n"
         "  g = k.backward(r, x, y, hs, [a for a, _ in r], need=need, **o)\n"
         "  v, s = k.sweep(x, y, h, torch.ones(300), need=need, **o)\n"
@@ -448,10 +449,10 @@ def test_heads_that_do_not_fit_the_call() -> None:
     x, y, head = example(40, 50, 8)
     assert y is not None
     with pytest.raises(ValueError, match="heads: expected at least one"):
-        _C.masked_lse_forward(array(x), None, [], True, 0, 1, [])
+        _C.masked_lse_forward(array(x), None, [], [], True, 0, 1, [])
     described = kernels._head(head, 50)
     with pytest.raises(ValueError, match="results: expected one a head"):
-        _C.masked_lse_forward(array(x), array(y), [described], True, 0, 1, [])
+        _C.masked_lse_forward(array(x), array(y), [described], [], True, 0, 1, [])
     column, weight = replace(head, axis="column"), torch.ones(40, dtype=F64)
     options, need = Options(normalize=True, first_column=0, columns=50), Need(True, True, False, False, False)
     with pytest.raises(ValueError, match="one sweep serves one head over rows"):

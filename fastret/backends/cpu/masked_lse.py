@@ -1,7 +1,9 @@
 """masked_lse in C++ (csrc/cpu/masked_lse.cpp, masked_lse_sweep.cpp). Serves every head: there is nothing to fall back
-from. Heads of one feature width share a product of rows; each width of a Matryoshka loss multiplies its own columns."""
+from. All heads share a product of rows, of which narrower feature widths (Matryoshka) see prefix sums; rows whose first
+features are next to nothing have a product a width instead."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,12 +24,13 @@ from fastret.backends.pairs import (
     Shifted,
     Target,
 )
-from fastret.backends.rows import accumulation_dtype
+from fastret.backends.rows import NORM_EPS, accumulation_dtype, poison
 
-_Prefixes = list[tuple[int | None, Tensor | None]]  # gradients of so many features
+_Prefixes = list[tuple[int, Tensor | None]]  # gradients of so many features
 _Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]  # of scale, row bias, column bias
 
 REDUCTIONS = ("lse", *phi.NAMES)  # in the order of csrc/cpu/masked_lse.h
+_UNEVEN = 1e6  # norm of a row over that of its first features
 
 _NO_MASK: "_C.MaskTuple" = (None, None, None, None, 0, None, None)
 
@@ -80,13 +83,47 @@ def _head(h: Head, columns: int) -> "_C.HeadTuple":
     return float(h.scale), h.axis == "column", mask_tuple(h.mask), target, *biases, REDUCTIONS.index(h.reduce)
 
 
-def _by_width(heads: Sequence[Head]) -> Iterator[tuple[int | None, list[int]]]:
-    """Places of the heads of each feature width."""
-    for width in dict.fromkeys(h.width for h in heads):
-        yield width, [k for k, h in enumerate(heads) if h.width == width]
+@dataclass(frozen=True)
+class _Share:
+    """Heads that share a product of the first ``width`` features, in the order of ``levels``: (width, heads) each."""
+
+    width: int
+    places: list[int]
+    levels: list[tuple[int, int]]
 
 
-def _width_of(rows: Tensor | None, width: int | None) -> Tensor | None:
+def _shares(x: Tensor, y: Tensor | None, heads: Sequence[Head], normalize: bool) -> list[_Share]:
+    """Alike in forward and backward, so that masks by score are."""
+    widths = [h.width or x.shape[1] for h in heads]
+    levels = sorted(set(widths))
+    by_level = [[k for k, w in enumerate(widths) if w == width] for width in levels]
+    counts = [(width, len(places)) for width, places in zip(levels, by_level, strict=True)]
+    sides = (x,) if y is None else (x, y)
+    if len(levels) > 1 and normalize and not all(_are_even(rows, levels[0], levels[-1]) for rows in sides):
+        return [_Share(level[0], places, [level]) for level, places in zip(counts, by_level, strict=True)]
+    return [_Share(levels[-1], [k for places in by_level for k in places], counts)]
+
+
+def _see_all(shares: Sequence[_Share], x: Tensor) -> bool:
+    """Whether there is one product, of all features."""
+    return len(shares) == 1 and shares[0].width == x.shape[1]
+
+
+def _are_even(rows: Tensor, narrow: int, wide: int) -> bool:
+    """Whether the narrowest prefix of every row (``narrow`` features) is not far shorter than the widest.
+
+    Products of rows of unit norm have those of their prefixes as parts, down to 1 / _UNEVEN^2 of the prefixes' own
+    scores, and slopes up to _UNEVEN^2 of their own: 1e12 is far from where float32 ends, 1e38 either way. A prefix of
+    zeros counts as one of NORM_EPS. Norms that overflow here are left to the other way.
+    """
+    dtype = accumulation_dtype(rows.dtype)
+    short, long = (
+        torch.linalg.vector_norm(rows[:, :width], dim=1, dtype=dtype).clamp_min(NORM_EPS) for width in (narrow, wide)
+    )
+    return bool((long / short <= _UNEVEN).all())
+
+
+def _width_of(rows: Tensor | None, width: int) -> Tensor | None:
     return None if rows is None else rows_of(rows[:, :width])
 
 
@@ -97,12 +134,16 @@ def forward(
     sizes = {"row": len(x), "column": len(x if y is None else y)}
     lses = [torch.empty(sizes[h.axis], dtype=accumulation_dtype(x.dtype)) for h in heads]
     results = [(lse, torch.empty_like(lse)) for lse in lses]
-    for width, places in _by_width(heads):
-        rows, others = rows_of(x[:, :width]), _width_of(y, width)
-        described = [_head(heads[k], columns) for k in places]
-        outputs = [(array(results[k][0]), array(results[k][1])) for k in places]
-        threads = torch.get_num_threads()
-        _C.masked_lse_forward(array(rows), _array(others), described, normalize, first_column, threads, outputs)
+    shares = _shares(x, y, heads, normalize)
+    for share in shares:
+        rows, others = rows_of(x[:, : share.width]), _width_of(y, share.width)
+        described = [_head(heads[k], columns) for k in share.places]
+        outputs = [(array(results[k][0]), array(results[k][1])) for k in share.places]
+        problem = (array(rows), _array(others), described, share.levels, normalize, first_column)
+        _C.masked_lse_forward(*problem, torch.get_num_threads(), outputs)
+    if not _see_all(shares, x):
+        nothing = poison(x, x if y is None else y)
+        results = [(lse.add_(nothing), t.add_(nothing)) for lse, t in results]
     return results
 
 
@@ -122,19 +163,20 @@ def backward(
     grads = [(g.contiguous(), h.contiguous()) for g, h in grads]
     lses = [lse.contiguous() for lse in lses]
     parameters = [_parameter_gradients(h, need) for h in heads]
-    whole = all(h.width is None for h in heads)  # else sums of several widths, rounded once
+    shares = _shares(x, y, heads, normalize)
+    whole = _see_all(shares, x)  # else sums of several products, rounded once
     dxs: _Prefixes = []
     dys: _Prefixes = []
-    for width, places in _by_width(heads):
-        rows, others = rows_of(x[:, :width]), _width_of(y, width)
+    for share in shares:
+        rows, others = rows_of(x[:, : share.width]), _width_of(y, share.width)
         dx, dy = _side_gradients(rows, others, need, x.dtype if whole else accumulation_dtype(x.dtype))
-        described = [_head(heads[k], columns) for k in places]
-        upstream = [(array(lses[k]), array(grads[k][0]), array(grads[k][1])) for k in places]
-        outputs = [_arrays(parameters[k]) for k in places]
-        problem = (array(rows), _array(others), described, normalize, first_column, torch.get_num_threads())
-        _C.masked_lse_backward(*problem, upstream, _array(dx), _array(dy), outputs)
-        dxs.append((width, dx))
-        dys.append((width, dy))
+        described = [_head(heads[k], columns) for k in share.places]
+        upstream = [(array(lses[k]), array(grads[k][0]), array(grads[k][1])) for k in share.places]
+        outputs = [_arrays(parameters[k]) for k in share.places]
+        problem = (array(rows), _array(others), described, share.levels, normalize, first_column)
+        _C.masked_lse_backward(*problem, torch.get_num_threads(), upstream, _array(dx), _array(dy), outputs)
+        dxs.append((share.width, dx))
+        dys.append((share.width, dy))
     scale, row_bias, column_bias = (list(g) for g in zip(*parameters, strict=True))
     return Gradients(_summed(x, dxs, x.dtype), _summed(y, dys, x.dtype), scale, row_bias, column_bias)
 
@@ -155,7 +197,8 @@ def sweep(
     row_weight = row_weight.contiguous()
     lse, t = torch.empty(len(x), dtype=dtype), torch.empty(len(x), dtype=dtype)
     parameters = _parameter_gradients(head, need)
-    rows, others = rows_of(x[:, : head.width]), _width_of(y, head.width)
+    width = head.width or x.shape[1]
+    rows, others = rows_of(x[:, :width]), _width_of(y, width)
     dx, dy = _side_gradients(rows, others, need, dtype)
     _C.masked_lse_sweep(
         array(rows),
@@ -173,8 +216,10 @@ def sweep(
     )
     empty = (row_weight == 0) & (lse == -torch.inf)
     value = (row_weight * torch.where(empty, 0, lse - t)).sum()
+    if width < x.shape[1]:
+        value += poison(x, x if y is None else y)
     scale, row_bias, column_bias = ([p] for p in parameters)
-    dx, dy = _summed(x, [(head.width, dx)], dtype), _summed(y, [(head.width, dy)], dtype)
+    dx, dy = _summed(x, [(width, dx)], dtype), _summed(y, [(width, dy)], dtype)
     return value, Gradients(dx, dy, scale, row_bias, column_bias)
 
 
@@ -199,7 +244,7 @@ def _summed(rows: Tensor | None, parts: _Prefixes, dtype: torch.dtype) -> Tensor
     given = [(width, part) for width, part in parts if part is not None]
     if rows is None or not given:
         return None
-    if len(given) == 1 and given[0][0] is None:
+    if len(given) == 1 and given[0][0] == rows.shape[1]:
         return given[0][1].to(dtype)
     total = torch.zeros(rows.shape, dtype=accumulation_dtype(rows.dtype))
     for width, part in given:
