@@ -17,7 +17,6 @@ from fastret.backends.cpu import masked_lse as kernels
 from fastret.backends.cpu.array import ArrayTuple, array
 from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
 from fastret.backends.reference import masked_lse as reference
-from fastret.backends.rows import accumulation_dtype
 
 assert cpu.missing() is None
 F64 = torch.float64
@@ -353,57 +352,6 @@ def test_runs_are_equal_bit_for_bit() -> None:
     first = run()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("target", ["index", "circulant", "smoothed", "none"])
-def test_many_more_columns_than_rows(dtype: torch.dtype, normalize: bool, target: str) -> None:
-    """Columns are packed block by block, and S is multiplied twice: a block of rows is too large to be kept."""
-    n, m, d = 70, 52_000, 6
-    assert not _C.sweep_plan(n, m, d, 4, torch.get_num_threads())[2]
-    x, y = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
-    index = torch.randint(0, m, (n,))
-    head = {
-        "index": Head(3.0, target=Indexed(index)),
-        "circulant": Head(3.0, PairMask(offset=2), Circulant((0, 5), (0.75, 0.25), 40)),
-        "smoothed": Head(3.0, target=Indexed(index), smoothing=0.25),
-        "none": Head(3.0),
-    }[target]
-    options = Options(normalize=normalize, first_column=0, columns=m)
-    weight = torch.linspace(0, 1, n, dtype=accumulation_dtype(dtype))
-    need = Need(True, True, False, False, False)
-    value, actual = kernels.sweep(x, y, head, weight, need=need, **options)
-
-    def dense(precision: torch.dtype) -> list[Tensor]:
-        rows = [r.to(precision).requires_grad_() for r in (x, y)]
-        ((lse, t),) = reference.masked_lse(*rows, [head], **options)
-        loss = (weight.to(precision) * (lse - t)).sum()
-        return [g.to(F64) for g in (loss.detach(), *torch.autograd.grad(loss, rows))]
-
-    exact, naive = dense(F64), dense(accumulation_dtype(dtype))
-    resolution = 1e-11 if dtype == F64 else 4 * torch.finfo(torch.float32).eps
-    assert actual.x is not None
-    assert actual.y is not None
-    for a, e, other in zip((value, actual.x, actual.y), exact, naive, strict=True):
-        assert (a.to(F64) - e).norm() <= 2 * (other - e).norm() + resolution * e.norm()
-
-
-@pytest.mark.parametrize("threads", [1, 2, 16, 64])
-@pytest.mark.parametrize("item", [4, 8])
-@pytest.mark.parametrize("d", [1, 64, 768, 4096])
-@pytest.mark.parametrize("n", [0, 1, 33, 64, 256, 8192, 131072])
-@pytest.mark.parametrize("m", [0, 1, 33, 8192, 20_000, 131072, 1_000_000])
-def test_sweep_plan(n: int, m: int, d: int, item: int, threads: int) -> None:
-    rows, columns, keep = _C.sweep_plan(n, m, d, item, threads)
-    assert 0 <= rows <= n
-    assert (rows > 0) == (n > 0)
-    assert columns % 32 == 0
-    kept = rows * -(-m // columns) * columns * item
-    assert not keep or kept <= 12 << 20
-    assert keep or min(n, 64) * m * item > 12 << 20, "there was room for a block"
-    assert rows <= 64 or rows * threads * d * item <= 8 << 20, "the threads' parts of dX are large"
-    assert keep or rows * columns * item <= 512 << 10, "a tile leaves the L2"
 
 
 def test_memory_that_malloc_returns_dirty() -> None:
