@@ -92,6 +92,9 @@ def halves(code_points: Sequence[int]) -> tuple[list[int], list[int]]:
 # Unicode 1.1's CJK Unified Ideographs ("URO"): what older fonts mean by "all characters".
 URO = range(0x4E00, 0x9FA6)
 
+# Unicode 3.0's Extension A: rare characters, built from the same parts.
+EXTENSION_A = range(0x3400, 0x4DB6)
+
 TRUETYPE = "usr/share/fonts/truetype"
 
 SETS = {
@@ -168,6 +171,60 @@ SETS = {
                 name="AR PL UKai CN",
                 licence="Arphic Public License",
                 style="kai (regular script), thin",
+            ),
+        ),
+    ),
+    "l": GlyphSet(
+        URO,
+        EXTENSION_A,
+        fonts=(
+            Font(
+                package="fonts-noto-cjk",
+                file="usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
+                index=2,
+                name="Noto Sans CJK SC",
+                licence="OFL-1.1",
+                style="sans",
+            ),
+            Font(
+                package="fonts-noto-cjk",
+                file="usr/share/fonts/opentype/noto/NotoSerifCJK-Bold.ttc",
+                index=2,
+                name="Noto Serif CJK SC Bold",
+                licence="OFL-1.1",
+                style="song (serif), bold",
+            ),
+            Font(
+                package="fonts-wqy-zenhei",
+                file=f"{TRUETYPE}/wqy/wqy-zenhei.ttc",
+                index=0,
+                name="WenQuanYi Zen Hei",
+                licence="GPL-2 with font embedding exception",
+                style="sans",
+            ),
+            Font(
+                package="fonts-cns11643-kai",
+                file=f"{TRUETYPE}/cns11643/TW-Kai-98_1.ttf",
+                index=0,
+                name="TW-Kai",
+                licence="OGDL-TW-1.0",
+                style="kai (regular script)",
+            ),
+            Font(
+                package="fonts-cns11643-sung",
+                file=f"{TRUETYPE}/cns11643/TW-Sung-98_1.ttf",
+                index=0,
+                name="TW-Sung",
+                licence="OGDL-TW-1.0",
+                style="sung (serif)",
+            ),
+            Font(
+                package="fonts-hanazono",
+                file=f"{TRUETYPE}/hanazono/HanaMinA.ttf",
+                index=0,
+                name="HanaMinA Regular",
+                licence="Hanazono Font License or OFL-1.1",
+                style="mincho (serif)",
             ),
         ),
     ),
@@ -264,7 +321,7 @@ def cache_folder() -> Path:
 def main() -> None:
     """Render one set, unless its output is there already."""
     parser = argparse.ArgumentParser(description="Render a glyph retrieval set from Debian's font packages.")
-    parser.add_argument("set", choices=SETS, help="demo: the shipped one; s: 18,344 classes x 4 fonts")
+    parser.add_argument("set", choices=SETS, help="demo: the shipped one; s: 18,344 classes x 4 fonts; l: 27,484 x 6")
     parser.add_argument("--output", type=Path, help="the .npz to write (default: CACHE/glyphs_SET.npz)")
     parser.add_argument("--font-dir", type=Path, help="unpacked packages, each in a folder or all in one tree")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of packages and results")

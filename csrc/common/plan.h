@@ -26,24 +26,24 @@ inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads) {
   return {block(n, t == 1 ? 1 : 2 * t), block(m, t == 1 ? 1 : 2 * t)};
 }
 
-// One sweep over S: a block of rows is kept whole, cut into pieces of rows (one thread each) by blocks of columns.
+// A sweep by columns: blocks of rows, cut by blocks of columns that threads own.
 struct SweepPlan {
-  int64_t rows = 0;  // 0: S is multiplied twice instead
-  int64_t piece = 0, col_block = 0;
+  int64_t rows = 0, col_block = 0;
+  bool keep = false;  // scores of a block of rows are kept; else they are multiplied twice
 };
 
-constexpr int64_t kSweepPiece = 256;  // most rows of a piece
-
-// The block stays in a last-level cache. Below 64 rows, or 32 a thread, products are too thin: twice is faster then.
-inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t item_bytes, int threads) {
-  constexpr int64_t kBlockBytes = 12 << 20;
-  const int64_t t = std::max(1, threads), cols = plan(n, m, false, threads).col_block;
+// What is kept stays in a last-level cache; with fewer than 64 rows products are too thin, and twice is faster. Scores
+// of one tile stay in L2; so do, as far as rows allow, a thread's own sums of a block's dX.
+inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads) {
+  constexpr int64_t kKeptBytes = 12 << 20, kTileBytes = 512 << 10, kPartBytes = 8 << 20, kThinnest = 64;
+  const int64_t cols = plan(n, m, false, threads).col_block;
   const int64_t row_bytes = std::max<int64_t>(1, (m + cols - 1) / cols) * cols * item_bytes;
-  const int64_t fit = kBlockBytes / row_bytes;
-  if (n == 0 || m == 0 || fit < std::min(n, std::max<int64_t>(64, 32 * t))) return {};
-  const int64_t each = std::min((n + t - 1) / t, fit / t);  // rows of a thread in one block
-  const int64_t piece = std::clamp<int64_t>(each / 32 * 32, 32, kSweepPiece);
-  return {std::min(n, std::max<int64_t>(1, fit / piece) * piece), piece, cols};
+  const int64_t fit = kKeptBytes / row_bytes;
+  const bool keep = fit >= std::min(n, kThinnest);
+  const int64_t parts = std::max(kThinnest, kPartBytes / (std::max(1, threads) * d * item_bytes));
+  const int64_t most = std::min({n, parts, keep ? fit : kTileBytes / (cols * item_bytes)});
+  const int64_t blocks = (n + most - 1) / std::max<int64_t>(1, most);
+  return {n == 0 ? 0 : (n + blocks - 1) / blocks, cols, keep};
 }
 
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two

@@ -79,8 +79,7 @@ void masked_lse_forward(const MaskedLseProblem&, const std::vector<LseResult>&);
 void masked_lse_backward(const MaskedLseProblem&, const std::vector<LseUpstream>&, const Array& dx, const Array& dy,
                          const std::vector<LseGradient>&);
 
-// One row head: lse and t, and the gradients of sum_i weight_i (lse_i - t_i), with S multiplied once where the plan
-// finds room for a block of it. weight (1, N).
+// One row head: lse and t, and the gradients of sum_i weight_i (lse_i - t_i). weight (1, N).
 void masked_lse_sweep(const MaskedLseProblem&, const Array& weight, const LseResult&, const Array& dx, const Array& dy,
                       const LseGradient&);
 
@@ -127,11 +126,11 @@ struct MaskedLseWork {
   const LseLevelWork* levels = nullptr;
   int64_t level_count = 0;
   int64_t tiles = 0;  // of a thread's workspace
-  bool pack_x = true, pack_y = true;  // false: rows are used where they lie
+  bool pack_x = true, pack_y = true;  // false: rows are used where they lie; y null: packed a block at a time
   void *x = nullptr, *y = nullptr, *x_norm = nullptr, *y_norm = nullptr;
   void *dx = nullptr, *dy = nullptr;  // gradients of the packed rows; dy = dx where symmetric
   const void* weight = nullptr;       // sweep: (N)
-  void *block = nullptr, *scaled = nullptr;  // sweep: exponentials of a block of rows; its rows of x, weighted
+  void* block = nullptr;              // sweep: exponentials of a block of rows, by blocks of columns
   char* threads = nullptr;                   // a workspace of thread_bytes per thread
   int64_t thread_bytes = 0;
 };
@@ -141,7 +140,10 @@ struct MaskedLseKernels {
   void (*forward)(const MaskedLseWork&);
   void (*backward)(const MaskedLseWork&, const Array& dx, const Array& dy);
 };
-using MaskedLseSweep = void (*)(const MaskedLseWork&, const Array& dx, const Array& dy);
+struct MaskedLseSweep {
+  int64_t (*thread_elements)(const MaskedLseWork&);
+  void (*run)(const MaskedLseWork&, const Array& dx, const Array& dy);
+};
 
 namespace base {
 MaskedLseKernels masked_lse_kernels(bool doubles);

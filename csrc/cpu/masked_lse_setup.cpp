@@ -92,11 +92,13 @@ template <class T> struct Setup {
   std::vector<LseLevelWork> levels;
   MaskedLseWork work;
 
-  explicit Setup(const MaskedLseProblem& p)
+  // stream_y: y is packed block by block, by the threads, and never copied as a whole
+  explicit Setup(const MaskedLseProblem& p, bool stream_y = false)
       : problem(p), heads(p.heads.size()), work{p, plan(p.x.rows, p.y.rows, p.symmetric, p.threads), {}} {
     std::tie(work.x, work.x_norm, work.pack_x) = rows_of(p.x);
     std::tie(work.y, work.y_norm, work.pack_y) = std::tie(work.x, work.x_norm, work.pack_x);
-    if (!p.symmetric) std::tie(work.y, work.y_norm, work.pack_y) = rows_of(p.y);
+    if (!p.symmetric && !(stream_y && packed(p.y))) std::tie(work.y, work.y_norm, work.pack_y) = rows_of(p.y);
+    else if (!p.symmetric) work.y = work.y_norm = nullptr, work.pack_y = true;
     for (size_t k = 0; k < heads.size(); ++k) {
       heads[k].head = &p.heads[k];
       if (p.heads[k].row_bias.data) heads[k].row_bias = vector(p.x.rows, T(0), p.heads[k].row_bias);
@@ -142,9 +144,13 @@ template <class T> struct Setup {
     }
   }
 
+  bool packed(const Array& a) const {
+    return problem.normalize || a.dtype != type_of<T> || (a.rows > 1 && a.stride != a.cols);
+  }
+
   // (rows, norms, whether they are to be packed)
   std::tuple<void*, void*, bool> rows_of(const Array& a) {
-    const bool pack = problem.normalize || a.dtype != type_of<T> || (a.rows > 1 && a.stride != a.cols);
+    const bool pack = packed(a);
     void* rows = pack ? allocate(a.rows * a.cols) : a.data;
     return {rows, problem.normalize ? allocate(a.rows) : nullptr, pack};
   }
@@ -207,8 +213,10 @@ template <class T> struct Setup {
     h.t = vector(n, T(0));
   }
 
-  void thread_spaces() {
-    work.thread_bytes = (kernels().thread_elements(work.plan, work.tiles) * int64_t(sizeof(T)) + 63) / 64 * 64;
+  void thread_spaces() { thread_spaces(kernels().thread_elements(work.plan, work.tiles)); }
+
+  void thread_spaces(int64_t elements) {
+    work.thread_bytes = (elements * int64_t(sizeof(T)) + 63) / 64 * 64;
     work.threads = reinterpret_cast<char*>(allocate(work.thread_bytes / int64_t(sizeof(T)) * problem.threads));
   }
 };
@@ -267,24 +275,25 @@ template <class T>
 void sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& result, const Array& dx, const Array& dy,
            const LseGradient& gradient) {
   check(weight, "weight", 1, p.x.rows, type_of<T>);
-  const PairMask& targets = p.heads[0].target.mask;
-  const SweepPlan plan = sweep_plan(p.x.rows, p.y.rows, sizeof(T), p.threads);
-  // Symmetric S needs half a product forward and one and a half backward; targets that depend on scores need those
-  // after exponentials have taken their place.
-  if (p.symmetric || plan.rows == 0 || is_phi(p.heads[0].reduce) || targets.above.data || targets.below.data)
+  // Symmetric S needs half a product forward and one and a half backward.
+  if (p.symmetric || p.x.rows == 0 || is_phi(p.heads[0].reduce))
     return two_passes<T>(p, weight, result, dx, dy, gradient);
-  Setup<T> setup(p);
+  Setup<T> setup(p, p.y.rows > 2 * p.x.rows);  // many more than a batch: parameters, or a memory bank
   LseHeadWork& h = setup.heads[0];
   setup.results(h, result);
   setup.parameters(h, gradient);
   setup.gradients(dx, dy);
+  SweepPlan plan = sweep_plan(p.x.rows, p.y.rows, p.x.cols, sizeof(T), p.threads);
+  // Targets that depend on scores need those after exponentials would have taken their place.
+  const PairMask& targets = p.heads[0].target.mask;
+  if (targets.above.data || targets.below.data) plan.keep = false;
+  if (plan.keep)
+    setup.work.block = setup.allocate(plan.rows * ((p.y.rows + plan.col_block - 1) / plan.col_block) * plan.col_block);
   setup.work.sweep = plan;
   setup.work.weight = weight.data;
-  const int64_t chunks = (p.y.rows + plan.col_block - 1) / plan.col_block;
-  setup.work.block = setup.allocate(plan.rows * chunks * plan.col_block);
-  setup.work.scaled = setup.allocate(plan.rows * p.x.cols + plan.rows);
-  setup.thread_spaces();
-  masked_lse_sweep_kernel(sizeof(T) == 8)(setup.work, dx, dy);
+  const MaskedLseSweep kernel = masked_lse_sweep_kernel(setup.kDoubles);
+  setup.thread_spaces(kernel.thread_elements(setup.work));
+  kernel.run(setup.work, dx, dy);
   setup.deliver(h, gradient);
   Setup<T>::copy_out(h.peak, result.lse);
   Setup<T>::copy_out(h.t, result.t);

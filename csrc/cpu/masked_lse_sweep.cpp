@@ -1,8 +1,12 @@
-// Loss and gradients of one row head from one product of S, where each row's upstream gradient is known beforehand.
+// Loss and gradients of one row head where each row's upstream gradient is known beforehand, by columns: a thread owns
+// blocks of columns, their rows of dY, and what it has of every row's sums.
 //
-// A block of rows is kept whole, laid out by blocks of columns: each thread multiplies the scores of its pieces of
-// rows, turns them into exponentials E relative to a reference of the row's own, and has dX = f (E - total Y) Y_rows,
-// f = weight / total. Then each thread owns blocks of columns and adds E^T (f X) to its rows of dY: one writer each.
+// Rows are worked in blocks. First each thread multiplies the block with its columns and has sums of exponentials
+// relative to a reference of its own; these are merged into each row's lse; then dS_ij = w_i (P_ij - Y_ij) of its columns
+// gives its part of dX and its rows of dY: every sum has one writer and one order. Where the exponentials of a block of
+// rows fit a last-level cache they are kept and S is multiplied once, else twice (plan.h).
+//
+// Rows of y that are many are packed per block of columns into the thread's own memory, never all of them.
 #include "gemm.h"
 #include "masked_lse.h"
 #include "pack.h"
@@ -15,38 +19,62 @@ FASTRET_ISA_BEGIN
 // computed earlier in the row hardly ever has to be scaled again.
 constexpr double kSlack = 16;
 
+// Sums over a thread's columns of one row.
+template <class T> struct Sums {
+  T reference, total, total_scores, target, target_scores, target_weight;
+  T factor;  // after merging: what the thread's exponentials become P with, times the row's weight
+};
+
+template <class T> struct SweepSpace {
+  T *y, *norms;                 // a block of columns: rows of y, packed, and their norms
+  T *tile, *logits, *targets;   // scores of it, where they are not kept; one row each
+  T *dx;                        // the thread's part of the block of rows
+  Sums<T>* sums;                // one a row of the block
+  T* gemm;
+
+  static int64_t sums_elements(const SweepPlan& p) {
+    return (p.rows * int64_t(sizeof(Sums<T>) / sizeof(T)) + 15) / 16 * 16;
+  }
+  static int64_t elements(const SweepPlan& p, int64_t d, bool pack_y, bool dx) {
+    return (pack_y ? p.col_block * (d + 1) : 0) + (p.keep ? 0 : p.rows * p.col_block) + 2 * p.col_block +
+           (dx ? p.rows * d : 0) + sums_elements(p) + kGemmWorkspace;
+  }
+  SweepSpace(char* memory, const SweepPlan& p, int64_t d, bool pack_y, bool with_dx) {
+    gemm = reinterpret_cast<T*>(memory);
+    sums = reinterpret_cast<Sums<T>*>(gemm + kGemmWorkspace);
+    logits = gemm + kGemmWorkspace + sums_elements(p);
+    targets = logits + p.col_block;
+    tile = targets + p.col_block;
+    dx = tile + (p.keep ? 0 : p.rows * p.col_block);
+    y = dx + (with_dx ? p.rows * d : 0);
+    norms = y + (pack_y ? p.col_block * d : 0);
+  }
+};
+
 template <class T> class Sweep {
  public:
   explicit Sweep(const MaskedLseWork& w)
       : w_(w), p_(w.problem), h_(w.heads[0]), plan_(w.sweep), n_(p_.x.rows), m_(p_.y.rows), d_(p_.x.cols),
         x_(static_cast<T*>(w.x)), y_(static_cast<T*>(w.y)), dx_(static_cast<T*>(w.dx)), dy_(static_cast<T*>(w.dy)),
-        block_(static_cast<T*>(w.block)), scaled_(static_cast<T*>(w.scaled)), factor_(scaled_ + w.sweep.rows * d_),
-        scale_(T(h_.head->scale)), chunks_((m_ + w.sweep.col_block - 1) / w.sweep.col_block) {}
+        block_(static_cast<T*>(w.block)), y_norm_(static_cast<T*>(w.y_norm)), scale_(T(h_.head->scale)),
+        chunks_((m_ + plan_.col_block - 1) / plan_.col_block), pack_y_(w.pack_y && !w.y) {}
 
   void run(const Array& dx, const Array& dy) {
     T poison = 0;
 #pragma omp parallel num_threads(p_.threads) reduction(+ : poison)
     {
       const SerialBlas serial;
-      T* space = reinterpret_cast<T*>(w_.threads + thread_number() * w_.thread_bytes);
-      const Row row{space, space + plan_.col_block, space + 2 * plan_.col_block};
+      const SweepSpace<T> space = space_of(thread_number());
       poison += place_rows(p_.x, w_.pack_x, p_.normalize, nullptr, x_, static_cast<T*>(w_.x_norm));
-      poison += place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, y_, static_cast<T*>(w_.y_norm));
-      clear(dy_, m_ * d_);
+      if (!pack_y_) poison += place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, y_, y_norm_);
       for (int64_t first = 0; first < n_; first += plan_.rows) {
-        const int64_t rows = std::min(plan_.rows, n_ - first), pieces = (rows + plan_.piece - 1) / plan_.piece;
-#pragma omp for schedule(static, 1)
-        for (int64_t k = 0; k < pieces; ++k) {
-          const int64_t begin = k * plan_.piece, end = std::min(rows, begin + plan_.piece);
-          work_rows(first, begin, end, row, dx);
+        const Rows block{first, std::min(plan_.rows, n_ - first)};
+        poison += reduce(block, space);
+        merge(block, team_size());
+        if (dx_ || dy_ || h_.grad_col_bias) {
+          differentiate(block, space, dy);
+          if (dx_) deliver_block(block, dx, team_size());
         }
-#pragma omp for schedule(static, 1)
-        for (int64_t c = 0; c < chunks_; ++c) work_columns(rows, c, row);
-      }
-      if (dy_) {
-#pragma omp for schedule(static)
-        for (int64_t j = 0; j < m_; ++j)
-          deliver_rows(dy, dy_, y_, static_cast<T*>(w_.y_norm), p_.normalize, j, j + 1);
       }
     }
     for (int64_t i = 0; i < n_; ++i) {
@@ -56,62 +84,72 @@ template <class T> class Sweep {
   }
 
  private:
-  struct Row {
-    T *logits, *targets, *gemm;
-  };
-  // Sums over the columns of one row.
-  struct Sums {
-    T reference, total, total_scores, target, target_scores, target_weight;
+  struct Rows {
+    int64_t first, count;
   };
 
+  SweepSpace<T> space_of(int thread) const {
+    return {w_.threads + thread * w_.thread_bytes, plan_, d_, pack_y_, dx_ != nullptr};
+  }
   int64_t cols(int64_t c) const { return std::min(plan_.col_block, m_ - c * plan_.col_block); }
-  T* at(int64_t c, int64_t r) const { return block_ + (c * plan_.rows + r) * plan_.col_block; }
   Span span(int64_t i, int64_t c) const { return {i, c * plan_.col_block, cols(c), p_.first_column}; }
+  T* tile(int64_t c, const SweepSpace<T>& space) const {
+    return plan_.keep ? block_ + c * plan_.rows * plan_.col_block : space.tile;
+  }
 
-  // Rows [begin, end) of the block whose first row is `first`.
-  void work_rows(int64_t first, int64_t begin, int64_t end, const Row& row, const Array& dx) const {
-    Sums sums[kSweepPiece];
-    for (int64_t r = begin; r < end; ++r) sums[r - begin] = {kNothing<T>, 0, 0, 0, 0, 0};
+  // Unit rows of y of a block of columns; packed where not all are. Returns the poison of those that are.
+  const T* columns(int64_t c, const SweepSpace<T>& space, T& poison) const {
+    const int64_t begin = c * plan_.col_block;
+    if (!pack_y_) return y_ + begin * d_;
+    poison += pack_rows(p_.y, nullptr, p_.normalize, begin, begin + cols(c), space.y - begin * d_, space.norms - begin);
+    return space.y;
+  }
+
+  void multiply(const Rows& block, int64_t c, const T* y, const SweepSpace<T>& space) const {
+    T* scores = tile(c, space);
+    gemm(Op::none, Op::transpose, block.count, cols(c), d_, x_ + block.first * d_, d_, y, d_, false, scores,
+         plan_.col_block, space.gemm);
+    for (int64_t r = 0; r < block.count; ++r)
+      std::fill(scores + r * plan_.col_block + cols(c), scores + r * plan_.col_block + padded<T>(cols(c)), T(0));
+  }
+
+  // Every thread's sums over its own columns.
+  T reduce(const Rows& block, const SweepSpace<T>& space) const {
+    T poison = 0;
+    int64_t own = -1;  // first block of columns of this thread
+    for (int64_t r = 0; r < block.count; ++r) space.sums[r] = {kNothing<T>, 0, 0, 0, 0, 0, 0};
+#pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks_; ++c) {
-      gemm(Op::none, Op::transpose, end - begin, cols(c), d_, x_ + (first + begin) * d_, d_,
-           y_ + c * plan_.col_block * d_, d_, false, at(c, begin), plan_.col_block, row.gemm);
-      for (int64_t r = begin; r < end; ++r) exponentiate(first, r, c, row, sums[r - begin]);
+      if (own < 0) own = c;
+      multiply(block, c, columns(c, space, poison), space);
+      for (int64_t r = 0; r < block.count; ++r) exponentiate(block.first + r, r, c, own, space);
     }
-    for (int64_t r = begin; r < end; ++r) finish_row(first, r, row, sums[r - begin]);
-    if (!dx_) return;
-    T* out = dx_ + (first + begin) * d_;
-    for (int64_t c = 0; c < chunks_; ++c)
-      gemm(Op::none, Op::none, end - begin, d_, cols(c), at(c, begin), plan_.col_block,
-           y_ + c * plan_.col_block * d_, d_, c > 0, out, d_, row.gemm);
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t k = 0; k < d_; ++k) out[(r - begin) * d_ + k] *= factor_[r] * scale_;
-    deliver_rows(dx, dx_, x_, static_cast<T*>(w_.x_norm), p_.normalize, first + begin, first + end);
+    return poison;
   }
 
   // Scores of one row and block of columns become exponentials.
-  void exponentiate(int64_t first, int64_t r, int64_t c, const Row& row, Sums& sums) const {
-    const Span at_ = span(first + r, c);
-    T *scores = at(c, r), *logits = row.logits;
-    const int64_t width = padded<T>(at_.cols);
-    std::fill(scores + at_.cols, scores + width, T(0));
-    logits_of(h_, at_, scores, logits);
+  void exponentiate(int64_t i, int64_t r, int64_t c, int64_t own, const SweepSpace<T>& space) const {
+    const Span at = span(i, c);
+    Sums<T>& sums = space.sums[r];
+    T *scores = tile(c, space) + r * plan_.col_block, *logits = space.logits;
+    logits_of(h_, at, scores, logits);
     const PairTarget& target = h_.head->target;
-    visit_targets(target, at_, [&](int64_t j, double weight) {
+    visit_targets(target, at, [&](int64_t j, double weight) {
       sums.target += T(weight) * logits[j];
       sums.target_scores += T(weight) * scores[j];
       sums.target_weight += T(weight);
     });
     if (is_dense(target)) {
-      dense_targets(target, at_, scores, row.targets);
-      sums.target += dot(row.targets, logits, at_.cols);
-      sums.target_scores += dot(row.targets, scores, at_.cols);
-      for (int64_t j = 0; j < at_.cols; ++j) sums.target_weight += row.targets[j];
+      dense_targets(target, at, scores, space.targets);
+      sums.target += dot(space.targets, logits, at.cols);
+      sums.target_scores += dot(space.targets, scores, at.cols);
+      for (int64_t j = 0; j < at.cols; ++j) sums.target_weight += space.targets[j];
     }
-    mask_logits(h_.head->mask, at_, scores, logits);
-    if (const T high = largest(logits, at_.cols); high > sums.reference + T(kSlack)) raise(r, c, high, sums);
+    mask_logits(h_.head->mask, at, scores, logits);
+    if (const T high = largest(logits, at.cols); high > sums.reference + T(kSlack)) raise(r, c, own, high, sums);
     const T base = sums.reference == kNothing<T> ? T(0) : sums.reference;
     Vec<T> total{}, total_scores{};
-    for (int64_t j = 0; j < width; j += lanes<T>) {
+    for (int64_t j = 0; j < padded<T>(at.cols); j += lanes<T>) {
       const Vec<T> e = exp_or_zero<T>(load<T>(logits + j) - base);
       total += e;
       total_scores += e * load<T>(scores + j);
@@ -121,44 +159,105 @@ template <class T> class Sweep {
     sums.total_scores += sum<T>(total_scores);
   }
 
-  void raise(int64_t r, int64_t c, T high, Sums& sums) const {
+  void raise(int64_t r, int64_t c, int64_t own, T high, Sums<T>& sums) const {
     const T shrink = std::exp(sums.reference - high);
     sums.reference = high;
     sums.total *= shrink;
     sums.total_scores *= shrink;
-    for (int64_t before = 0; before < c; ++before)
-      for (int64_t j = 0; j < plan_.col_block; ++j) at(before, r)[j] *= shrink;
-  }
-
-  void finish_row(int64_t first, int64_t r, const Row& row, const Sums& sums) const {
-    const int64_t i = first + r;
-    const bool nothing = sums.total == T(0);  // no pair is allowed: only the target pulls
-    const T total = nothing ? T(1) : sums.total, weight = static_cast<const T*>(w_.weight)[i];
-    factor_[r] = weight / total;
-    static_cast<T*>(h_.peak)[i] = sums.reference + std::log(sums.total);
-    static_cast<T*>(h_.t)[i] = sums.target;
-    if (h_.scale_rows) static_cast<T*>(h_.scale_rows)[i] = weight * (sums.total_scores / total - sums.target_scores);
-    if (h_.grad_row_bias) static_cast<T*>(h_.grad_row_bias)[i] = weight * (T(!nothing) - sums.target_weight);
-    for (int64_t k = 0; k < d_; ++k) scaled_[r * d_ + k] = x_[i * d_ + k] * (factor_[r] * scale_);
-    const PairTarget& target = h_.head->target;
-    if (target.kind == PairTarget::Kind::none && !is_dense(target)) return;
-    for (int64_t c = 0; c < chunks_; ++c) {
-      const Span at_ = span(i, c);
-      visit_targets(target, at_, [&](int64_t j, double w) { at(c, r)[j] -= total * T(w); });
-      if (!is_dense(target)) continue;
-      dense_targets(target, at_, at(c, r), row.targets);
-      for (int64_t j = 0; j < at_.cols; ++j) at(c, r)[j] -= total * row.targets[j];
+    if (!plan_.keep) return;
+    for (int64_t before = own; before < c; ++before) {
+      T* kept = block_ + (before * plan_.rows + r) * plan_.col_block;
+      for (int64_t j = 0; j < plan_.col_block; ++j) kept[j] *= shrink;
     }
   }
 
-  void work_columns(int64_t rows, int64_t c, const Row& row) const {
-    if (dy_)
-      gemm(Op::transpose, Op::none, cols(c), d_, rows, at(c, 0), plan_.col_block, scaled_, d_, true,
-           dy_ + c * plan_.col_block * d_, d_, row.gemm);
-    if (T* out = static_cast<T*>(h_.grad_col_bias))
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < cols(c); ++j)
-          out[c * plan_.col_block + j] += at(c, r)[j] * factor_[r];
+  // Each row's lse and t, and the factors of the threads' exponentials.
+  void merge(const Rows& block, int team) const {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < block.count; ++r) {
+      const int64_t i = block.first + r;
+      Sums<T> all{kNothing<T>, 0, 0, 0, 0, 0, 0};
+      for (int k = 0; k < team; ++k) all.reference = std::max(all.reference, space_of(k).sums[r].reference);
+      for (int k = 0; k < team; ++k) {
+        Sums<T>& part = space_of(k).sums[r];
+        part.factor = part.reference == kNothing<T> ? T(0) : std::exp(part.reference - all.reference);
+        all.total += part.total * part.factor;
+        all.total_scores += part.total_scores * part.factor;
+        all.target += part.target;
+        all.target_scores += part.target_scores;
+        all.target_weight += part.target_weight;
+      }
+      const bool nothing = all.total == T(0);  // no pair is allowed: only the target pulls
+      const T total = nothing ? T(1) : all.total, weight = static_cast<const T*>(w_.weight)[i];
+      for (int k = 0; k < team; ++k) space_of(k).sums[r].factor *= weight / total;
+      static_cast<T*>(h_.peak)[i] = all.reference + std::log(all.total);
+      static_cast<T*>(h_.t)[i] = all.target;
+      if (h_.scale_rows) static_cast<T*>(h_.scale_rows)[i] = weight * (all.total_scores / total - all.target_scores);
+      if (h_.grad_row_bias) static_cast<T*>(h_.grad_row_bias)[i] = weight * (T(!nothing) - all.target_weight);
+    }
+  }
+
+  // dS (without the scale) of a thread's columns times rows: its part of dX, and its rows of dY.
+  void differentiate(const Rows& block, const SweepSpace<T>& space, const Array& dy) const {
+    const bool last = block.first + block.count == n_;
+    T ignored = 0;
+    if (dx_) std::fill(space.dx, space.dx + block.count * d_, T(0));
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks_; ++c) {
+      const int64_t begin = c * plan_.col_block;
+      const T* y = columns(c, space, ignored);
+      if (!plan_.keep) multiply(block, c, y, space);
+      T* weights = tile(c, space);
+      for (int64_t r = 0; r < block.count; ++r) weigh(block.first + r, r, c, weights + r * plan_.col_block, space);
+      if (dx_)
+        gemm(Op::none, Op::none, block.count, d_, cols(c), weights, plan_.col_block, y, d_, true, space.dx, d_,
+             space.gemm);
+      if (T* out = static_cast<T*>(h_.grad_col_bias))
+        for (int64_t r = 0; r < block.count; ++r)
+          for (int64_t j = 0; j < cols(c); ++j) out[begin + j] += weights[r * plan_.col_block + j];
+      if (!dy_) continue;
+      gemm(Op::transpose, Op::none, cols(c), d_, block.count, weights, plan_.col_block, x_ + block.first * d_, d_,
+           block.first > 0, dy_ + begin * d_, d_, space.gemm);
+      if (!last) continue;
+      for (int64_t k = begin * d_; k < (begin + cols(c)) * d_; ++k) dy_[k] *= scale_;
+      deliver_rows(dy, dy_, y - begin * d_, pack_y_ ? space.norms - begin : y_norm_, p_.normalize, begin,
+                   begin + cols(c));
+    }
+  }
+
+  // Exponentials, or where they were not kept scores, of one row and block of columns become w (P - Y).
+  void weigh(int64_t i, int64_t r, int64_t c, T* row, const SweepSpace<T>& space) const {
+    const Span at = span(i, c);
+    const PairTarget& target = h_.head->target;
+    const T weight = static_cast<const T*>(w_.weight)[i], factor = space.sums[r].factor;
+    if (is_dense(target)) dense_targets(target, at, row, space.targets);
+    if (plan_.keep) {
+      for (int64_t j = 0; j < padded<T>(at.cols); j += lanes<T>) store<T>(row + j, load<T>(row + j) * factor);
+    } else {
+      const T reference = space.sums[r].reference, base = reference == kNothing<T> ? T(0) : reference;
+      logits_of(h_, at, row, space.logits);
+      mask_logits(h_.head->mask, at, row, space.logits);
+      for (int64_t j = 0; j < padded<T>(at.cols); j += lanes<T>)
+        store<T>(row + j, exp_or_zero<T>(load<T>(space.logits + j) - base) * factor);
+    }
+    visit_targets(target, at, [&](int64_t j, double y) { row[j] -= weight * T(y); });
+    if (is_dense(target))
+      for (int64_t j = 0; j < at.cols; ++j) row[j] -= weight * space.targets[j];
+  }
+
+  void deliver_block(const Rows& block, const Array& dx, int team) const {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < block.count; ++r) {
+      const int64_t i = block.first + r;
+      T* out = dx_ + i * d_;
+      std::fill(out, out + d_, T(0));
+      for (int k = 0; k < team; ++k) {
+        const T* part = space_of(k).dx + r * d_;
+        for (int64_t f = 0; f < d_; ++f) out[f] += part[f];
+      }
+      for (int64_t f = 0; f < d_; ++f) out[f] *= scale_;
+      deliver_rows(dx, dx_, x_, static_cast<T*>(w_.x_norm), p_.normalize, i, i + 1);
+    }
   }
 
   const MaskedLseWork& w_;
@@ -166,17 +265,24 @@ template <class T> class Sweep {
   const LseHeadWork& h_;
   const SweepPlan plan_;
   const int64_t n_, m_, d_;
-  T *x_, *y_, *dx_, *dy_, *block_, *scaled_, *factor_;
+  T *x_, *y_, *dx_, *dy_, *block_, *y_norm_;
   const T scale_;
   const int64_t chunks_;
+  const bool pack_y_;
 };
 
 template <class T> void sweep(const MaskedLseWork& w, const Array& dx, const Array& dy) { Sweep<T>(w).run(dx, dy); }
+template <class T> int64_t sweep_elements(const MaskedLseWork& w) {
+  return SweepSpace<T>::elements(w.sweep, w.problem.x.cols, w.pack_y && !w.y, w.dx);
+}
 
 FASTRET_ISA_END
 
 namespace fastret {
 namespace FASTRET_ISA {
-MaskedLseSweep masked_lse_sweep_kernel(bool doubles) { return doubles ? sweep<double> : sweep<float>; }
+MaskedLseSweep masked_lse_sweep_kernel(bool doubles) {
+  return doubles ? MaskedLseSweep{sweep_elements<double>, sweep<double>}
+                 : MaskedLseSweep{sweep_elements<float>, sweep<float>};
+}
 }  // namespace FASTRET_ISA
 }  // namespace fastret

@@ -169,9 +169,9 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           pair_dot_backward(p, array(grad), array(dx), array(dy));
         });
-  m.def("sweep_plan", [](int64_t n, int64_t m, int64_t item_bytes, int threads) {
-    const SweepPlan p = sweep_plan(n, m, item_bytes, threads);
-    return std::tuple{p.rows, p.piece, p.col_block};
+  m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads) {
+    const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads);
+    return std::tuple{p.rows, p.col_block, p.keep};
   });
 
   m.def("plan", [](int64_t n, int64_t m, bool symmetric, int threads) {

@@ -19,6 +19,15 @@ inline int thread_number() {
 #endif
 }
 
+// Threads of the region, which may be fewer than were asked for.
+inline int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 struct Tile {
   int64_t row, row_end, col, col_end;
   bool two_sided;  // of a symmetric matrix, off the diagonal: transposed, it holds the pairs (col, row) as well

@@ -354,22 +354,6 @@ def test_runs_are_equal_bit_for_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 16, 64])
-@pytest.mark.parametrize("item", [4, 8])
-@pytest.mark.parametrize("n", [0, 1, 33, 64, 256, 8192, 131072])
-@pytest.mark.parametrize("m", [0, 1, 33, 8192, 131072, 1_000_000])
-def test_sweep_plan(n: int, m: int, item: int, threads: int) -> None:
-    rows, piece, columns = _C.sweep_plan(n, m, item, threads)
-    if rows == 0:
-        assert 0 in (n, m) or min(n, max(64, 32 * threads)) * m * item > 8 << 20, "there was room for a block"
-        return
-    assert rows <= n
-    assert rows * -(-m // columns) * columns * item <= 16 << 20
-    assert 32 <= piece <= 256
-    assert piece % 32 == columns % 32 == 0
-    assert rows == n or rows // piece >= threads or piece == 32, "a block leaves threads idle"
-
-
 def test_memory_that_malloc_returns_dirty() -> None:
     """glibc fills every allocation with 0xfe (-1.7e38 as floats): the result must not notice."""
     code = (
