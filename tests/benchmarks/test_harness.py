@@ -55,7 +55,7 @@ def test_registry_is_well_formed(name: str) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="op: expected one of smooth_ap, got 'nothing'"):
+    with pytest.raises(ValueError, match=r"op: expected one of .*smooth_ap.*, got 'nothing'"):
         registry.load("nothing")
     with pytest.raises(ValueError, match="variant: expected one of fastret-cpu,"):
         OP.variant("nothing")
