@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastret.losses import SmoothAP
+from fastret.losses import NTXent, SmoothAP
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,18 @@ def _smooth_ap_official_bytes(n: int) -> int:
     return round(9.1 * 4 * n**3)
 
 
+def _nt_xent(settings: LossSettings) -> nn.Module:
+    return NTXent(settings.temperature, impl=settings.impl)
+
+
+def _nt_xent_official_bytes(n: int) -> int:
+    # At its peak the dense forward and backward hold 3.3 float32 matrices of n x n (measured).
+    return round(3.3 * 4 * n**2)
+
+
 LOSSES: dict[str, TrainingLoss] = {
     "smooth-ap": TrainingLoss(_smooth_ap, "N x N x N tensors", _smooth_ap_official_bytes),
+    "nt-xent": TrainingLoss(_nt_xent, "N x N matrices of logits", _nt_xent_official_bytes),
 }
 
 

@@ -31,6 +31,10 @@ def test_official_code_needs_39_gb_for_a_thousand_rows() -> None:
     assert LOSSES["smooth-ap"].official_bytes(1024) == pytest.approx(39.1e9, rel=1e-3)
 
 
+def test_dense_logits_of_4096_views_need_221_mb() -> None:
+    assert LOSSES["nt-xent"].official_bytes(4096) == pytest.approx(221e6, rel=1e-2)
+
+
 def test_a_failing_measurement_says_why() -> None:
     found = measure_peak(_job("no such thing"))
     assert found.bytes is None
