@@ -1,34 +1,17 @@
 """The SimCLR example, at a size of seconds: what it learns, writes, refuses, and how it is stopped and resumed."""
 
-import importlib.util
 import json
 import os
 import signal
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import simclr_glyphs as example
 import torch
 
 from fastret.training.checkpoint import load_checkpoint
 from fastret.training.memory import Peak
-
-FILE = Path(__file__).resolve().parents[2] / "examples" / "simclr_glyphs.py"
-
-
-def _load() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("simclr_glyphs", FILE)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["simclr_glyphs"] = module  # where its dataclasses look up their types
-    specification.loader.exec_module(module)
-    return module
-
-
-example = _load()
 
 
 @pytest.fixture(autouse=True)
