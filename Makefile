@@ -1,4 +1,4 @@
-# Both targets need only Python 3.10+ and a C++ compiler: they create .venv, install fastret into it and run.
+# demo, example and test need only Python 3.10+ and a C++ compiler: they create .venv, install fastret into it and run.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,11 +7,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Torch's threads would otherwise spin while they wait, and slow whatever shares the machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint clean
+.PHONY: demo example test lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
 	$(BIN)/fastret train --data glyphs --loss smooth-ap --output runs/demo
+
+example: $(VENV)/.demo
+	$(BIN)/python examples/simclr_glyphs.py --out runs/simclr
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint

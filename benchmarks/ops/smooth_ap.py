@@ -6,7 +6,6 @@ in each direction, are not part of the floor.
 """
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.conditions import needs, only_at, pml_missing, up_to
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.backends import cpu
-from fastret.backends.registry import IMPLEMENTATIONS, Call
 from fastret.functional import smooth_ap
 
 TEMPERATURE = 0.01
@@ -69,6 +68,7 @@ def fastret(inputs: Inputs, impl: str) -> Tensor:
 
 
 _cpu = partial(fastret, impl="cpu")
+_cpu_missing = needs("rank_sums", "cpu")
 
 
 def dense(inputs: Inputs) -> Tensor:
@@ -145,33 +145,12 @@ def floor(inputs: Inputs) -> Callable[[], None]:
     return four_products
 
 
-def _needs(impl: str) -> Callable[[str], str | None]:
-    def missing(device: str) -> str | None:
-        return IMPLEMENTATIONS[impl].unsupported(Call("rank_sums", device, torch.float32))
-
-    return missing
-
-
 def _triton_missing(device: str) -> str | None:
-    return _needs("triton")(device) if device == "cuda" else "Triton's interpreter is not for timing"
-
-
-def _pml_missing(device: str) -> str | None:
-    if importlib.util.find_spec("pytorch_metric_learning") is None:
-        return "pytorch-metric-learning is not installed"
-    return None
-
-
-def _up_to(limit: int, reason: str) -> Callable[[Size], str | None]:
-    return lambda size: f"not above N = {limit}: {reason}" if size["n"] > limit else None
-
-
-def _only_at(n: int) -> Callable[[Size], str | None]:
-    return lambda size: None if size["n"] == n else f"only at N = {n}"
+    return needs("rank_sums", "triton")(device) if device == "cuda" else "Triton's interpreter is not for timing"
 
 
 def _isa_missing(device: str, *, isa: str) -> str | None:
-    reason = _needs("cpu")(device)
+    reason = _cpu_missing(device)
     if reason is not None:
         return reason
     from fastret import _C
@@ -202,7 +181,7 @@ def _isa_variant(isa: str) -> Variant:
         f"fastret-cpu {isa}",
         _cpu,
         missing=partial(_isa_missing, isa=isa),
-        unfit=_only_at(ISA_SIZE),
+        unfit=only_at(ISA_SIZE),
         setting=partial(_isa, isa),
     )
 
@@ -216,18 +195,18 @@ OP = Op(
     setup=setup,
     gradients=("x", "y"),
     variants=(
-        Variant("fastret-cpu", _cpu, missing=_needs("cpu")),
-        Variant("fastret-cpu shuffled", _cpu, shuffled, _needs("cpu"), note="rows of a class anywhere in the batch"),
-        Variant("fastret-cpu gallery", _cpu, with_gallery, _needs("cpu"), note="a gallery of N rows, both gradients"),
+        Variant("fastret-cpu", _cpu, missing=_cpu_missing),
+        Variant("fastret-cpu shuffled", _cpu, shuffled, _cpu_missing, note="rows of a class anywhere in the batch"),
+        Variant("fastret-cpu gallery", _cpu, with_gallery, _cpu_missing, note="a gallery of N rows, both gradients"),
         *map(_isa_variant, ("avx2", "base")),
         Variant("fastret-triton", partial(fastret, impl="triton"), missing=_triton_missing),
-        Variant("fastret-tiled", partial(fastret, impl="tiled"), unfit=_up_to(TILED_LIMIT, "many seconds a call")),
-        Variant("dense", dense, unfit=_up_to(DENSE_LIMIT, CUBES), note="the official N x N x N formulation"),
+        Variant("fastret-tiled", partial(fastret, impl="tiled"), unfit=up_to(TILED_LIMIT, "many seconds a call")),
+        Variant("dense", dense, unfit=up_to(DENSE_LIMIT, CUBES), note="the official N x N x N formulation"),
         Variant(
             "pytorch-metric-learning",
             pml,
-            missing=_pml_missing,
-            unfit=_up_to(PML_LIMIT, CUBES),
+            missing=pml_missing,
+            unfit=up_to(PML_LIMIT, CUBES),
             expected=as_pml_groups,
             note="2.9 computes another value unless there are as many classes as samples of each",
         ),

@@ -50,6 +50,12 @@ class Memory:
     loss: Peak
     official_bytes: int
 
+    def describe(self, official: str, rows: int) -> str:
+        """Both for people, ``official`` being what the replaced code stores for a batch of ``rows``."""
+        needs = f"{official} need {_size(self.official_bytes)} at N = {rows:,}"
+        peak = self.loss
+        return f"{f'not measured: {peak.problem}' if peak.bytes is None else _size(peak.bytes)}; {needs}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -70,9 +76,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write ``folder``/metrics.json, replacing an older one at once."""
-        unfinished = folder / f"{NAME}.tmp"
-        unfinished.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / NAME)
+        write_metrics(folder, self.as_dict())
 
     def table(self) -> str:
         """The summary printed at the end of a run."""
@@ -82,21 +86,26 @@ class Report:
             [
                 f"Held out: {self.held_out}, never trained on",
                 f"{'':10}{'untrained':>12}{'trained':>12}",
-                f"{'R@1':10}{_percent(self.before.recall_at_1):>12}{_percent(self.after.recall_at_1):>12}",
-                f"{'MAP@R':10}{_percent(self.before.map_at_r):>12}{_percent(self.after.map_at_r):>12}",
+                f"{'R@1':10}{percent(self.before.recall_at_1):>12}{percent(self.after.recall_at_1):>12}",
+                f"{'MAP@R':10}{percent(self.before.map_at_r):>12}{percent(self.after.map_at_r):>12}",
                 "",
                 f"{options.loss}, {options.iterations:,} batches of {rows:,} images "
                 f"({self.batch_classes:,} classes x {options.samples_per_class}), {options.device}",
                 f"  training     {self.seconds.training:.1f} s, the loss {self.seconds.loss:.1f} s ({share:.1%})",
-                f"  loss memory  {self._memory(rows)}",
+                f"  loss memory  {self.memory.describe(training_loss(options.loss).official, rows)}",
             ]
         )
 
-    def _memory(self, rows: int) -> str:
-        official = training_loss(self.options.loss).official
-        needs = f"{official} need {_size(self.memory.official_bytes)} at N = {rows:,}"
-        peak = self.memory.loss
-        return f"{f'not measured: {peak.problem}' if peak.bytes is None else _size(peak.bytes)}; {needs}"
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write ``folder``/metrics.json, replacing an older one at once."""
+    unfinished = folder / f"{NAME}.tmp"
+    unfinished.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / NAME)
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def versions() -> dict[str, str | int]:
@@ -109,10 +118,6 @@ def versions() -> dict[str, str | int]:
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
     }
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
 
 
 def _size(size: int) -> str:

@@ -1,0 +1,45 @@
+"""Why a variant cannot run here, or is not run at a size: the reasons that ops share."""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.registry import Size
+from fastret.backends.registry import IMPLEMENTATIONS, Call
+
+
+def needs(op: str, impl: str) -> Callable[[str], str | None]:
+    """For an implementation of fastret that must serve a reduction in float32."""
+
+    def missing(device: str) -> str | None:
+        return IMPLEMENTATIONS[impl].unsupported(Call(op, device, torch.float32))
+
+    return missing
+
+
+def pml_missing(device: str) -> str | None:
+    if importlib.util.find_spec("pytorch_metric_learning") is None:
+        return "pytorch-metric-learning is not installed"
+    return None
+
+
+def inductor_missing(device: str) -> str | None:
+    if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "torch.compile needs a C++ compiler"
+    return None
+
+
+def linear_cross_entropy_missing(device: str) -> str | None:
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy"
+    return None
+
+
+def up_to(limit: int, reason: str) -> Callable[[Size], str | None]:
+    return lambda size: f"not above N = {limit}: {reason}" if size["n"] > limit else None
+
+
+def only_at(n: int) -> Callable[[Size], str | None]:
+    return lambda size: None if size["n"] == n else f"only at N = {n}"

@@ -1,0 +1,110 @@
+"""Every op that is measured: registered well, and each of its variants agrees with the definition at a small size."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import contrastive, registry
+from benchmarks.check import Checker
+from benchmarks.ops import info_nce, nt_xent
+from benchmarks.registry import Inputs, Op, Variant
+
+N = 64
+CASES = [(op, variant) for op in map(registry.load, registry.names()) for variant in op.variants]
+
+
+@pytest.fixture(autouse=True)
+def compiled_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for inductor, and then run as it is: C++ would take many seconds a variant."""
+    monkeypatch.setattr(contrastive, "BACKEND", "aot_eager")
+
+
+def check(op: Op, variant: Variant) -> None:
+    if (reason := variant.missing("cpu")) is not None:
+        pytest.skip(reason)
+    agreement = Checker(op, op.inputs(op.size(N), 0, "cpu")).check(variant)
+    assert agreement.passed, agreement
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_registry_is_well_formed(name: str) -> None:
+    op = registry.load(name)
+    assert (op.name, op.module) == (name, f"benchmarks.ops.{name}")
+    assert list(op.sizes) == sorted(set(op.sizes))
+    variants = [variant.name for variant in op.variants]
+    assert len(set(variants)) == len(variants)
+    assert variants[0].startswith("fastret")
+    for value in op.sizes:
+        assert any(variant.unfit(op.size(value)) is None for variant in op.variants)
+
+
+@pytest.mark.parametrize(("op", "variant"), CASES, ids=[f"{op.name} {variant.name}" for op, variant in CASES])
+def test_variant_agrees_with_the_definition(op: Op, variant: Variant) -> None:
+    check(op, variant)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_definition_is_that_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition in blocks of rows, against fastret's dense one in float64; blocks end within the rows."""
+    monkeypatch.setattr(contrastive, "BLOCK", 24)
+    op = registry.load(name)
+    forward = op.variant("fastret-tiled").forward
+    inputs = {k: t.double() if t.is_floating_point() else t for k, t in op.inputs(op.size(N), 1, "cpu").items()}
+    exact = op.step(op.oracle, inputs)
+    dense = op.step(lambda given: forward(given, impl="reference"), inputs)  # type: ignore[call-arg]
+    torch.testing.assert_close(exact.loss, dense.loss, rtol=1e-12, atol=1e-12)
+    for key, gradient in dense.gradients.items():
+        torch.testing.assert_close(exact.gradients[key], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", info_nce.OP.variants, ids=lambda variant: variant.name)
+def test_info_nce_agrees_on_some_queries(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are too many rows for the definition: fewer queries, all keys; only fastret is run there."""
+    monkeypatch.setattr(info_nce, "PROBE_LIMIT", 16)
+    monkeypatch.setattr(info_nce, "PROBE_QUERIES", 8)
+    if variant.unfit(info_nce.OP.size(131072)) is None:
+        check(info_nce.OP, variant)
+
+
+def test_floor_multiplies_all_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied: list[tuple[int, int]] = []
+    multiply: Callable[..., Tensor] = torch.mm
+
+    def spy(x: Tensor, y: Tensor, *, out: Tensor) -> Tensor:
+        multiplied.append((len(x), y.shape[1]))
+        assert len(out) == len(x)
+        return multiply(x, y, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    monkeypatch.setattr(contrastive, "FLOOR_ELEMENTS", 30 * 70)
+    x, y = torch.randn(64, 8), torch.randn(70, 8)
+    contrastive.products(2, x, y)()
+    assert multiplied == [(30, 70), (30, 70), (4, 70)] * 2
+
+
+def test_partners_are_the_other_rows_of_the_classes() -> None:
+    inputs: Inputs = nt_xent.OP.setup(nt_xent.OP.size(N), 0)
+    rows, partner, labels = torch.arange(N), inputs["partner"], inputs["labels"]
+    assert (labels[partner] == labels).all()
+    assert (partner != rows).all()
+    assert (partner[partner] == rows).all()
+
+
+def test_a_variant_is_compiled_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., object]:
+        compiled.append(len(examples))
+        return graph.forward
+
+    monkeypatch.setattr(contrastive, "BACKEND", backend)
+    _, variant = contrastive.dense_variants(info_nce.dense, lambda size: None)
+    op = dataclasses.replace(info_nce.OP, variants=(variant,))
+    for count, n in enumerate((16, 32), 1):
+        inputs = variant.prepare(op.inputs(op.size(n), 0, "cpu"))
+        assert len(compiled) == count
+        op.run(variant, inputs)
+        assert len(compiled) == count
