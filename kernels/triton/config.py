@@ -64,7 +64,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("pair scores", 2): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=128)),
     ("pair scores", 4): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=64)),
     ("pair scores", 8): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=32)),
-    ("pair gradient", 2): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=256)),
+    ("pair gradient", 2): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=128)),
     ("pair gradient", 4): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=128)),
     ("pair gradient", 8): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=64)),
     ("lse", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
