@@ -44,7 +44,7 @@ def pair_dot(
         x: (N, D) rows. y: (M, D) columns; None: x itself.
         row, column: (P,) integers in [0, N) and [0, M).
         normalize: cosine scores; False: raw dot products.
-        impl: "reference", "tiled" or "cpu"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
+        impl: "reference", "tiled", "cpu" or "triton"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.

@@ -13,14 +13,24 @@ import torch
 Options = Mapping[str, int]
 
 
-def _tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> Options:
+def _options(warps: int, stages: int, **blocks: int) -> Options:
     # Fused multiply-adds are what float32 tiles are made of, and Triton 3.10 stops making them unless asked.
-    launch = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **launch, **more}
+    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def _tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> Options:
+    return _options(warps, stages, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **more)
+
+
+def _everywhere(options: Options) -> dict[str, tuple[Options, ...]]:
+    return {"sm_80": (options,), "gfx942": (options,)}
 
 
 # scores: tiles of S as they are. sums: reductions along rows of S, for CHUNK positives of a query a sweep.
 # gradient: tiles of S, recomputed, times rows; SLICE, ascending: features a program accumulates in registers.
+# pair scores, pair gradient: BLOCK_P pairs at a time.
+# lse, lse gradient: as sums and gradient, for masked_lse. lse heavy: both, for many conditions or for thresholds, which
+# need the same square tiles everywhere.
 # CUDA architectures ascend; one that is not listed takes the nearest older one.
 _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("scores", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
@@ -51,6 +61,58 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
             _tile(64, 32, 64, 4, 2, SLICE=512),
         ),
     },
+    ("pair scores", 2): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=128)),
+    ("pair scores", 4): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=64)),
+    ("pair scores", 8): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=32)),
+    ("pair gradient", 2): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=128)),
+    ("pair gradient", 4): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=128)),
+    ("pair gradient", 8): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=64)),
+    ("lse", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
+    ("lse", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
+    ("lse", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
+    ("lse gradient", 2): {
+        "sm_80": (
+            _tile(64, 32, 32, 8, 3, SLICE=128),
+            _tile(64, 32, 32, 8, 3, SLICE=256),
+            _tile(32, 32, 64, 8, 3, SLICE=512),
+        ),
+        "sm_90": (
+            _tile(64, 32, 64, 8, 3, SLICE=128),
+            _tile(64, 32, 64, 8, 3, SLICE=256),
+            _tile(64, 16, 64, 8, 3, SLICE=512),
+        ),
+        "sm_100": (
+            _tile(64, 32, 64, 4, 3, SLICE=128),
+            _tile(64, 32, 64, 8, 3, SLICE=256),
+            _tile(64, 32, 64, 8, 3, SLICE=512),
+        ),
+        "gfx942": (
+            _tile(64, 32, 64, 4, 2, SLICE=128),
+            _tile(64, 32, 64, 4, 2, SLICE=256),
+            _tile(64, 32, 64, 4, 2, SLICE=512),
+        ),
+    },
+    ("lse gradient", 4): {
+        "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+        "sm_100": (_tile(64, 16, 16, 8, 2, SLICE=128),),
+        "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+    },
+    ("lse gradient", 8): {
+        "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
+        "gfx942": (_tile(32, 32, 16, 8, 2, SLICE=32),),
+    },
+    ("lse heavy", 2): {
+        "sm_80": (_tile(32, 32, 32, 8, 2, SLICE=128),),
+        "gfx942": (_tile(16, 16, 32, 4, 2, SLICE=128),),
+    },
+    ("lse heavy", 4): {
+        "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=128),),
+        "gfx942": (_tile(16, 16, 16, 8, 2, SLICE=128),),
+    },
+    ("lse heavy", 8): {
+        "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
+        "gfx942": (_tile(16, 16, 16, 8, 2, SLICE=32),),
+    },
     ("gradient", 4): {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
@@ -63,6 +125,11 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
 
 # For Triton's interpreter, small: small tests then have several tiles, and a rest, on every axis.
 _INTERPRETED: dict[str, Options] = {
+    "pair scores": _options(1, 1, BLOCK_P=8, BLOCK_K=32),
+    "pair gradient": _options(1, 1, BLOCK_P=4, SLICE=32),
+    "lse": _tile(16, 16, 32, 1, 1),
+    "lse gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
+    "lse heavy": _tile(16, 16, 32, 1, 1, SLICE=32),
     "scores": _tile(16, 16, 32, 1, 1),
     "sums": _tile(16, 16, 32, 1, 1, CHUNK=4),
     "gradient": _tile(16, 16, 32, 1, 1, SLICE=32),

@@ -1,8 +1,8 @@
 """Tiles of a pair matrix S = X Y^T that is never stored, and functions of its elements: shared by all kernels.
 
 Rows are stored one after the other, (rows, width), the width padded with zeros to a multiple of 16 so that loads are
-vectors. Row numbers are int32, addresses int64. Accumulation is in the dtype of ``scale``: float32, float64 for float64
-rows. bfloat16 is widened right after a load, except for operands of tl.dot.
+vectors. Row numbers are int32, addresses int64. Accumulation is in float32, float64 for float64 rows. bfloat16 is
+widened right after a load, except for operands of tl.dot.
 """
 
 import triton
@@ -25,20 +25,26 @@ def owned_columns(m, AXIS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def score_tile(x, y, row, column, width, scale, BLOCK_K: tl.constexpr):
-    """(M, N) scaled dot products <x_row, y_column> of existing rows ``row`` (M,) and ``column`` (N,).
+def dot_tile(x, y, row, column, width, dtype: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(M, N) dot products <x_row, y_column> of existing rows ``row`` (M,) and ``column`` (N,).
 
     float32 products are IEEE: small temperatures multiply what TF32 would lose.
     """
     x_row = x + row.to(tl.int64)[:, None] * width
     y_row = y + column.to(tl.int64)[None, :] * width
-    total = tl.zeros((row.shape[0], column.shape[0]), dtype=scale.dtype)
+    total = tl.zeros((row.shape[0], column.shape[0]), dtype=dtype)
     for begin in range(0, width, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
         x_tile = tl.load(x_row + k[None, :], mask=k[None, :] < width, other=0.0)
         y_tile = tl.load(y_row + k[:, None], mask=k[:, None] < width, other=0.0)
         total = tl.dot(x_tile, y_tile, total, input_precision="ieee", out_dtype=total.dtype)
-    return total * scale
+    return total
+
+
+@triton.jit
+def score_tile(x, y, row, column, width, scale, BLOCK_K: tl.constexpr):
+    """``dot_tile`` times ``scale``, in its dtype."""
+    return dot_tile(x, y, row, column, width, scale.dtype, BLOCK_K) * scale
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastret.backends.segments import label_segments
 from fastret.backends.triton import rank_sums as backend
+from fastret.backends.triton.rows import ALIGNMENT, padded
 from fastret.kernels.triton import config
 from fastret.kernels.triton import rank_sums as kernels
 from fastret.ops import rank_sums
@@ -200,8 +201,8 @@ def test_interpreted_shapes_have_several_of_everything() -> None:
         assert sum(sizes) > sums["BLOCK_M"]
         assert max(sizes) > 2 * sums["CHUNK"]
     for block in ("SLICE", "BLOCK_K"):
-        assert backend.ALIGNMENT < gradient[block] < WIDTHS[0]
-        assert triton.cdiv(WIDTHS[0], backend.ALIGNMENT) * backend.ALIGNMENT % gradient[block] != 0
+        assert ALIGNMENT < gradient[block] < WIDTHS[0]
+        assert padded(WIDTHS[0]) % gradient[block] != 0
     blocks = triton.cdiv(sum(BATCH), sums["BLOCK_M"])
     assert config.parts(torch.device("cpu"), blocks, blocks) > 1, "ranks are summed over parts of the gallery"
     assert config.parts(torch.device("cpu"), 2, 2) > 1, "gradients too, where the gallery is small"

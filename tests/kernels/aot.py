@@ -5,20 +5,23 @@ registers, bytes of stack (a spill: CUDA kernels have no other use for it; spill
 A broken AMD binary comes back without an exception: callers must also look for "error:" on standard error.
 """
 
+import functools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastret.kernels.triton import config
-from fastret.kernels.triton import rank_sums as kernels
+from fastret.kernels.triton import config, masked_lse, pair_dot, pairs, rank_sums
+
+Choices = Callable[[str], tuple[config.Options, ...]]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,47 +33,117 @@ TARGETS = {
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 99, "gfx942": 64}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
-# Kernel arguments by type; the rest point to numbers in the dtype of accumulation.
+# Kernel arguments by type, where a variant does not say: the rest point to numbers in the dtype of accumulation.
 IN_ROW_DTYPE = ("x", "y", "u", "v")
-INT64 = ("start", "size", "first")
-INT32 = ("n", "m", "width", "pairs")
+INT64 = ("start", "size", "first", "row", "column", "partner")
+INT32 = ("n", "m", "width", "pairs", "first_column")
 
 
 class Variant(NamedTuple):
-    """A kernel with its compile-time arguments and launch options."""
+    """A kernel with its compile-time arguments and launch options.
+
+    Attributes:
+        name: what tells it from others of the kernel.
+        arguments: of the rest those, as types in any nesting of tuples, that their names do not tell. What is no string
+            there is a constant, as it is at a launch: None or a tl.constexpr.
+    """
 
     kernel: Any
     options: dict[str, int]
+    name: str = ""
+    arguments: Mapping[str, Any] = {}
 
     def __str__(self) -> str:
         constants = " ".join(f"{name}={int(value)}" for name, value in self.options.items() if name.isupper())
-        return f"{self.kernel.__name__} {constants}"
+        return " ".join(filter(None, (self.kernel.__name__, self.name, constants)))
 
 
 def variants(architecture: str, dtype: str) -> Iterator[Variant]:
-    """All that a call with rows of this dtype may launch; sides of the gradient at its largest slice only."""
-    itemsize = ITEMSIZE[dtype]
-    for options in config.choices("scores", architecture, itemsize):
-        yield Variant(kernels.positive_scores_kernel, {**options})
-    for options in config.choices("sums", architecture, itemsize):
-        for kernel in (kernels.rank_sums_kernel, kernels.pair_gradient_kernel):
+    """All that a call with rows of this dtype may launch, as far as it takes registers of its own."""
+    for of_op in (rank_sums_variants, masked_lse_variants, pair_dot_variants):
+        yield from of_op(functools.partial(config.choices, architecture=architecture, itemsize=ITEMSIZE[dtype]), dtype)
+
+
+def accumulated(dtype: str) -> str:
+    """Pointers to numbers in the dtype of accumulation."""
+    return "*fp64" if dtype == "fp64" else "*fp32"
+
+
+def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """Sides of the gradient at its largest slice only."""
+    for options in choices("scores"):
+        yield Variant(rank_sums.positive_scores_kernel, {**options})
+    for options in choices("sums"):
+        for kernel in (rank_sums.rank_sums_kernel, rank_sums.pair_gradient_kernel):
             yield Variant(kernel, {**options, "EXCLUDE_SELF": True})
-    gradients = config.choices("gradient", architecture, itemsize)
-    for options in gradients:
-        yield Variant(kernels.rank_gradient_kernel, {**options, "ROWS": True, "COLUMNS": True, "EXCLUDE_SELF": True})
+    for options in choices("gradient"):
+        yield Variant(rank_sums.rank_gradient_kernel, {**options, "ROWS": True, "COLUMNS": True, "EXCLUDE_SELF": True})
     for rows in (True, False):
         sides = {"ROWS": rows, "COLUMNS": not rows, "EXCLUDE_SELF": False}
-        yield Variant(kernels.rank_gradient_kernel, {**gradients[-1], **sides})
+        yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides})
+
+
+def head(real: str, axis: str, mask: pairs.Mask, target: pairs.Target, extra: str | None = None) -> pairs.Head:
+    """One with all upstream gradients; ``extra``: biases and smoothing."""
+    constants = tl.constexpr(True), tl.constexpr(axis)
+    return pairs.Head(real, extra, extra, mask, target, extra, extra, *constants, real, real, real)
+
+
+def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """InfoNCE on either side, SupCon on both at once, and all that two heads can have."""
+    real, labels = accumulated(dtype), ("*i64", "*i64")
+    forward, backward = masked_lse.masked_lse_kernel, masked_lse.masked_lse_gradient_kernel
+    info_nce = head(real, "row", pairs.Mask(), pairs.Target(index="*i64"))
+    positives = pairs.Target(mask=pairs.Mask(same=labels, offset="i32"), weight=real)
+    sup_con = head(real, "row", pairs.Mask(offset="i32"), positives)
+    every = pairs.Mask(labels, labels, labels, "i32", "i32", real, real)
+    everything = head(real, "column", every, pairs.Target(mask=every, weight=real), real)
+    for options in choices("lse"):
+        yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE", {"head": info_nce})
+    for options in choices("lse gradient"):
+        launch = {**options, "HEADS": 1, "SLOTS": 1}
+        for rows in (True, False):
+            unwanted: dict[str, Any] = {"row_sums": None, "column_sums": None, "heads": (info_nce,)}
+            yield Variant(
+                backward, {**launch, "ROWS": rows, "COLUMNS": not rows, "TRANSPOSED": not rows}, "InfoNCE", unwanted
+            )
+        yield Variant(
+            backward, {**launch, "ROWS": True, "COLUMNS": True, "TRANSPOSED": False}, "SupCon", {"heads": (sup_con,)}
+        )
+    for options in choices("lse heavy"):
+        without = {name: value for name, value in options.items() if name != "SLICE"}
+        yield Variant(forward, {**without, "TRANSPOSED": True}, "everything", {"head": everything})
+        launch = {**options, "ROWS": False, "COLUMNS": True, "TRANSPOSED": True, "HEADS": 2, "SLOTS": 2}
+        yield Variant(backward, launch, "everything", {"heads": (everything, everything), "row_sums": None})
+
+
+def pair_dot_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """Of the only two there are."""
+    for options in choices("pair scores"):
+        yield Variant(pair_dot.pair_scores_kernel, {**options})
+    for options in choices("pair gradient"):
+        yield Variant(pair_dot.pair_gradient_kernel, {**options})
+
+
+def described(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any]) -> Any:
+    """The type of an argument; what is constant in it goes to ``constants``, by its path."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        parts = [described(part, (*path, k), constants) for k, part in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    constants[path] = value.value if isinstance(value, tl.constexpr) else value
+    return "constexpr"
 
 
 def compiled(variant: Variant, dtype: str, target: GPUTarget) -> Any:
-    """Specialised as at a launch: pointers and the width are multiples of 16."""
+    """Specialised as at a launch: pointers that are arguments of their own and the width are multiples of 16."""
     names = variant.kernel.arg_names
-    constants = {k: v for k, v in variant.options.items() if k in names}
-    accumulated = "*fp64" if dtype == "fp64" else "*fp32"
     types = dict.fromkeys(IN_ROW_DTYPE, f"*{dtype}") | dict.fromkeys(INT64, "*i64") | dict.fromkeys(INT32, "i32")
-    signature = {n: "constexpr" if n in constants else types.get(n, accumulated) for n in names}
-    divisible = [n for n in names if signature[n].startswith("*") or n == "width"]
+    given = {**dict.fromkeys(names, accumulated(dtype)), **types, **variant.arguments, **variant.options}
+    constants: dict[tuple[int, ...], Any] = {}
+    signature = {name: described(given[name], (k,), constants) for k, name in enumerate(names)}
+    divisible = [n for n in names if n == "width" or (isinstance(signature[n], str) and signature[n].startswith("*"))]
     source = ASTSource(
         fn=variant.kernel,
         signature=signature,

@@ -13,12 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastret.backends.rows import PackedRows, accumulation_dtype, pack_rows, poison
+from fastret.backends.rows import PackedRows, accumulation_dtype, poison
 from fastret.backends.segments import Segments
+from fastret.backends.triton.rows import pack_padded, padded, total
 from fastret.kernels.triton import config
 from fastret.kernels.triton import rank_sums as kernels
-
-ALIGNMENT = 16  # rows are padded with zeros to a multiple of this many features, which vector loads need
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class _Problem:
             EXCLUDE_SELF=self.exclude_self,
             **options,
         )
-        return [_total(t) for t in tables]
+        return [total(t) for t in tables]
 
     def gradient(self, grad_all: Tensor, grad_scores: Tensor, *, of_x: bool, of_y: bool) -> Tensor:
         """Gradient of the packed rows of x, of y, or of both where they are the same."""
@@ -79,28 +78,16 @@ class _Problem:
             EXCLUDE_SELF=self.exclude_self,
             **options,
         )
-        return _total(du)[:, : u.shape[1]]
-
-
-def _total(parts: Tensor) -> Tensor:
-    return parts[0] if len(parts) == 1 else parts.sum(0)
-
-
-def _pack(x: Tensor, order: Tensor, normalize: bool, width: int) -> PackedRows:
-    """Sorted rows in the dtype of x, ``width`` apart, with zeros between them."""
-    packed = pack_rows(x, order, normalize, x.dtype)
-    padding = width - x.shape[1]
-    rows = torch.nn.functional.pad(packed.rows, (0, padding)) if padding else packed.rows
-    return PackedRows(rows.contiguous()[:, : x.shape[1]], packed.order, packed.norms)
+        return total(du)[:, : u.shape[1]]
 
 
 def _prepare(
     x: Tensor, y: Tensor | None, s: Segments, pairs: int, temperature: float, exclude_self: bool, normalize: bool
 ) -> _Problem:
     order = s.order if y is None else torch.argsort(s.start, stable=True)
-    width = triton.cdiv(x.shape[1], ALIGNMENT) * ALIGNMENT
-    queries = _pack(x, order, normalize, width)
-    gallery = queries if y is None else _pack(y, s.order, normalize, width)
+    width = padded(x.shape[1])
+    queries = pack_padded(x, order, normalize)
+    gallery = queries if y is None else pack_padded(y, s.order, normalize)
     dtype = accumulation_dtype(x.dtype)
     problem = _Problem(
         queries,

@@ -1,0 +1,145 @@
+"""masked_lse: log-sum-exp and target score of every row, or column, of a masked pair matrix, and their gradients.
+
+With logits l_ij = scale s_ij + a_i + b_j of s = X Y^T, a head over rows has
+
+    lse_i = c_i + log sum over allowed j of exp(l_ij - c_i),      c_i = max l_ij,          t_i = sum over j of Y_ij l_ij
+
+(one over columns: sums over i). A program owns rows u of the side that the results belong to, and sweeps the rows v of
+the other; c and the sum are brought up to date tile by tile. Backward recomputes tiles of S for all heads at once,
+
+    W = g P + h Y,      T = sum over heads of scale W,      du = T v
+
+and sums of W, and of W s, along the program's rows: the gradients of biases and, once added up, of the scale. A
+program writes rows that it alone owns; where too few would run, several share a block of rows and write parts of its
+sums, which the caller adds. No atomics.
+
+TRANSPOSED gives programs that own columns the tile (rows, columns) that those owning rows have, turned round: lse and
+P then see the same rounding of a score, which would else not cancel in l - lse. Masks by threshold need the same bits
+in every launch, and so tiles that are as high as wide, everywhere the same.
+"""
+
+import triton
+import triton.language as tl
+
+from fastret.kernels.triton.pairs import LN2, allowed, exponential, logits, pair_weights, target_weights
+from fastret.kernels.triton.pairwise import add_weighted_rows, dot_tile, owned_columns, owned_rows
+
+INF = tl.constexpr(float("inf"))
+
+# Numbers that differ from batch to batch must not make new variants of a kernel.
+VARYING = ("n", "m", "first_column")
+
+
+@triton.jit
+def own_tile(u, v, own, other, width, dtype: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(M, N) dot products <u_own, v_other>."""
+    if TRANSPOSED:
+        return tl.trans(dot_tile(v, u, other, own, width, dtype, BLOCK_K))
+    else:
+        return dot_tile(u, v, own, other, width, dtype, BLOCK_K)
+
+
+@triton.jit
+def add_exponentials(high, total, z):
+    """The largest of (M, N) logits z and of ``high`` (M,), and the sum of exp(z - it): 0 while all are -inf."""
+    highest = tl.maximum(high, tl.max(z, 1))
+    safe = tl.where(highest == -INF, 0.0, highest)
+    return highest, total * exponential(high - safe) + tl.sum(exponential(z - safe[:, None]), 1)
+
+
+@triton.jit(do_not_specialize=("head", *VARYING))
+def masked_lse_kernel(
+    u, v, head, lse, t, n, m, width, first_column,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """lse and t (parts, n) of one head: grid axis 1 divides the other side."""
+    own, exists = owned_rows(n, BLOCK_M)
+    dtype: tl.constexpr = lse.dtype.element_ty
+    high = tl.full((BLOCK_M,), -INF, dtype)
+    total = tl.zeros((BLOCK_M,), dtype)
+    score = tl.zeros((BLOCK_M,), dtype)
+    begin, end = owned_columns(m, 1, BLOCK_N)
+    for low in range(begin, end, BLOCK_N):
+        other = low + tl.arange(0, BLOCK_N)
+        valid = (other < m)[None, :]
+        other = tl.minimum(other, m - 1)
+        s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, BLOCK_K)
+        i = own[:, None] if head.axis == "row" else other[None, :]
+        j = other[None, :] if head.axis == "row" else own[:, None]
+        z = logits(head, s, i, j)
+        ok = allowed(head.mask, s, i, j, first_column, valid)
+        high, total = add_exponentials(high, total, tl.where(ok, z, -INF))
+        if head.scored:
+            y = target_weights(head, s, i, j, first_column, valid)
+            score += tl.sum(tl.where(valid, y * z, 0.0), 1)
+    place = tl.program_id(1).to(tl.int64) * n + own
+    tl.store(lse + place, tl.where(high == -INF, 0.0, high) + tl.log2(total) * LN2, mask=exists)
+    tl.store(t + place, score, mask=exists)
+
+
+@triton.jit
+def add_to_slot(total, values, k: tl.constexpr):
+    """total (M, SLOTS), of which the k-th column has values (M,) added."""
+    return total + tl.where(tl.arange(0, total.shape[1])[None, :] == k, values[:, None], 0.0)
+
+
+@triton.jit
+def store_sums(target, total, own, exists, n, HEADS: tl.constexpr):
+    """Sums (M, SLOTS) to target (parts, HEADS, n), once for all programs that share the rows."""
+    slot = tl.arange(0, total.shape[1])[None, :]
+    row = (tl.program_id(2) * HEADS + slot).to(tl.int64) * n + own[:, None]
+    tl.store(target + row, total, mask=exists[:, None] & (slot < HEADS) & (tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=("heads", *VARYING))
+def masked_lse_gradient_kernel(
+    u, v, heads, du, row_sums, column_sums, score_sums, n, m, width, first_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """du (parts, n, width) and sums (parts, HEADS, n), each where it is wanted, to be summed over the parts.
+
+    u are the rows (ROWS: T = dS), the columns (COLUMNS: T = dS^T), or both, where u is v. row_sums and column_sums
+    are of W, score_sums of W s. Grid axis 1 divides the features, SLICE a program; axis 2 the other side. SLOTS: HEADS
+    and what lacks to a power of two.
+    """
+    own, exists = owned_rows(n, BLOCK_M)
+    feature = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
+    dtype: tl.constexpr = heads[0].scale.dtype.element_ty
+    total = tl.zeros((BLOCK_M, SLICE), dtype)
+    of_rows = tl.zeros((BLOCK_M, SLOTS), dtype)
+    of_columns = tl.zeros((BLOCK_M, SLOTS), dtype)
+    of_scores = tl.zeros((BLOCK_M, SLOTS), dtype)
+    begin, end = owned_columns(m, 2, BLOCK_N)
+    for low in range(begin, end, BLOCK_N):
+        other = low + tl.arange(0, BLOCK_N)
+        valid = (other < m)[None, :]
+        other = tl.minimum(other, m - 1)
+        s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, BLOCK_K)
+        t = tl.zeros_like(s)
+        for k in tl.static_range(HEADS):
+            if ROWS:
+                w = pair_weights(heads[k], s, own[:, None], other[None, :], first_column, valid)
+                t += w * tl.load(heads[k].scale)
+                if row_sums is not None:
+                    of_rows = add_to_slot(of_rows, tl.sum(w, 1), k)
+                if score_sums is not None:
+                    of_scores = add_to_slot(of_scores, tl.sum(w * s, 1), k)
+            if COLUMNS:
+                w = pair_weights(heads[k], s, other[None, :], own[:, None], first_column, valid)
+                t += w * tl.load(heads[k].scale)
+                if column_sums is not None:
+                    of_columns = add_to_slot(of_columns, tl.sum(w, 1), k)
+                if not ROWS and score_sums is not None:
+                    of_scores = add_to_slot(of_scores, tl.sum(w * s, 1), k)
+        if du is not None:
+            total = add_weighted_rows(total, t, v, other, feature, width)
+    if du is not None:
+        target = du + (tl.program_id(2).to(tl.int64) * n + own)[:, None] * width + feature[None, :]
+        tl.store(target, total, mask=exists[:, None] & (feature < width)[None, :])
+    if row_sums is not None:
+        store_sums(row_sums, of_rows, own, exists, n, HEADS)
+    if column_sums is not None:
+        store_sums(column_sums, of_columns, own, exists, n, HEADS)
+    if score_sums is not None:
+        store_sums(score_sums, of_scores, own, exists, n, HEADS)

@@ -1,0 +1,152 @@
+"""Pair functions: which pairs (i, j) a head allows, which are its targets, what their logits weigh.
+
+The arguments of a head stand in nested tuples. What a head does not have is None, so that a kernel is compiled without
+it and it costs nothing. (Triton 3.6 can neither compare a tuple that holds None with None nor take its length.) Every
+function takes the rows i and the columns j of a tile of scores as tensors that broadcast to its shape, (A, 1) and
+(1, B) or (1, B) and (A, 1): a tile may lie either way round, and a program may own rows or columns. Forward and
+backward call the same functions.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Mask(NamedTuple):
+    """``PairMask``: relations as pointers (of rows, of columns), numbers, bounds as pointers. offset < period."""
+
+    same: Any = None
+    different: Any = None
+    distinct: Any = None
+    offset: Any = None
+    period: Any = None
+    above: Any = None
+    below: Any = None
+
+
+class Target(NamedTuple):
+    """One of: index; weight of rows for the pairs of a mask; dense (N, columns); shifts.
+
+    Shifts: column base + (i + shift), modulo the period where there is one, has the weight of the shift; 1 where
+    ``shift_weights`` is None.
+    """
+
+    index: Any = None
+    mask: Any = None
+    weight: Any = None
+    dense: Any = None
+    columns: Any = None
+    shifts: Any = ()
+    shift_weights: Any = None
+    base: Any = None
+    period: Any = None
+
+
+class Head(NamedTuple):
+    """``Head``: scale, biases and upstream gradients as pointers; axis, a constexpr: "row" or "column".
+
+    Y is keep times the target plus uniform, where those are given; scored, a constexpr: whether it is anything but 0.
+    lse and its and the target score's upstream gradient are those of backward, one per row or column by the axis.
+    """
+
+    scale: Any
+    row_bias: Any
+    column_bias: Any
+    mask: Any
+    target: Any
+    keep: Any
+    uniform: Any
+    scored: Any
+    axis: Any
+    lse: Any = None
+    grad_lse: Any = None
+    grad_target: Any = None
+
+
+@triton.jit
+def place(i, shift, period):
+    """i + shift, modulo the period where there is one."""
+    moved = i.to(tl.int64) + shift
+    if period is not None:
+        moved = moved % period
+    return moved
+
+
+@triton.jit
+def allowed(mask, s, i, j, first_column, valid):
+    """Which of the ``valid`` pairs meet every condition. ``s``: their unscaled scores."""
+    ok = valid
+    if mask.same is not None:
+        ok = ok & (tl.load(mask.same[0] + i) == tl.load(mask.same[1] + j))
+    if mask.different is not None:
+        ok = ok & (tl.load(mask.different[0] + i) != tl.load(mask.different[1] + j))
+    if mask.distinct is not None:
+        ok = ok & (tl.load(mask.distinct[0] + i) != tl.load(mask.distinct[1] + j))
+    if mask.offset is not None:
+        ok = ok & (j.to(tl.int64) + first_column != place(i, mask.offset, mask.period))
+    if mask.above is not None:
+        ok = ok & (s > tl.load(mask.above + i))
+    if mask.below is not None:
+        ok = ok & (s < tl.load(mask.below + i))
+    return ok
+
+
+@triton.jit
+def logits(head, s, i, j):
+    """scale s_ij + a_i + b_j."""
+    z = s * tl.load(head.scale)
+    if head.row_bias is not None:
+        z += tl.load(head.row_bias + i)
+    if head.column_bias is not None:
+        z += tl.load(head.column_bias + j)
+    return z
+
+
+@triton.jit
+def exponential(z):
+    """e^z. log2(e) multiplies differences of logits, not logits: their rounding would be that much larger."""
+    return tl.exp2(z * LOG2E)
+
+
+@triton.jit
+def target_weights(head, s, i, j, first_column, valid):
+    """Y_ij, smoothed; to be read where ``valid``."""
+    target = head.target
+    y = tl.zeros_like(s)
+    if target.index is not None:
+        y += (j.to(tl.int64) + first_column == tl.load(target.index + i)).to(s.dtype)
+    if target.weight is not None:
+        ok = allowed(target.mask, s, i, j, first_column, valid)
+        y += tl.where(ok, tl.load(target.weight + i), 0.0)
+    if target.dense is not None:
+        y += tl.load(target.dense + i.to(tl.int64) * target.columns + j)
+    for d in tl.static_range(len(target.shifts)):
+        column = place(i, target.shifts[d], target.period)
+        if target.base is not None:
+            column += target.base
+        hit = (j.to(tl.int64) + first_column == column).to(s.dtype)
+        if target.shift_weights is not None:
+            hit = hit * tl.load(target.shift_weights[d])
+        y += hit
+    if head.keep is not None:
+        y = y * tl.load(head.keep) + tl.load(head.uniform)
+    return y
+
+
+@triton.jit
+def pair_weights(head, s, i, j, first_column, valid):
+    """W_ij = g P_ij + h Y_ij, 0 where not ``valid``: the gradient of the logits."""
+    line = i if head.axis == "row" else j
+    lse = tl.load(head.lse + line)
+    empty = lse == float("-inf")  # has no gradient through lse, whatever g is
+    probability = exponential(logits(head, s, i, j) - tl.where(empty, 0.0, lse))
+    ok = allowed(head.mask, s, i, j, first_column, valid)
+    w = tl.where(ok, probability * tl.where(empty, 0.0, tl.load(head.grad_lse + line)), 0.0)
+    if head.scored:
+        y = target_weights(head, s, i, j, first_column, valid)
+        w += tl.where(valid, y * tl.load(head.grad_target + line), 0.0)
+    return w
