@@ -4,6 +4,7 @@ from fastret.losses.cqc import CQCLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
 from fastret.losses.nt_xent import NTXent
+from fastret.losses.proxy_nca import ProxyNCA
 from fastret.losses.smooth_ap import SmoothAP
 from fastret.losses.soft_target import PatchMixTargets, SoftTargetInfoNCE
 from fastret.losses.sup_con import SupCon
@@ -15,6 +16,7 @@ __all__ = [
     "InstanceSoftmax",
     "NTXent",
     "PatchMixTargets",
+    "ProxyNCA",
     "SmoothAP",
     "SoftTargetInfoNCE",
     "SupCon",
