@@ -9,26 +9,36 @@ from fastret._version import __version__
 from fastret.backends.registry import available_backends, backend
 from fastret.env import env_report
 from fastret.losses import (
+    ArcFace,
     CLIPLoss,
+    CosFace,
     CQCLoss,
     InfoNCE,
     InstanceSoftmax,
+    NormalizedSoftmax,
     NTXent,
     PatchMixTargets,
+    ProxyAnchor,
     ProxyNCA,
+    ProxyNCAPlusPlus,
     SmoothAP,
     SoftTargetInfoNCE,
     SupCon,
 )
 
 __all__ = [
+    "ArcFace",
     "CLIPLoss",
     "CQCLoss",
+    "CosFace",
     "InfoNCE",
     "InstanceSoftmax",
     "NTXent",
+    "NormalizedSoftmax",
     "PatchMixTargets",
+    "ProxyAnchor",
     "ProxyNCA",
+    "ProxyNCAPlusPlus",
     "SmoothAP",
     "SoftTargetInfoNCE",
     "SupCon",

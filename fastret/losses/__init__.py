@@ -3,20 +3,28 @@
 from fastret.losses.cqc import CQCLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
+from fastret.losses.margin_softmax import ArcFace, CosFace
 from fastret.losses.nt_xent import NTXent
+from fastret.losses.proxy_anchor import ProxyAnchor
 from fastret.losses.proxy_nca import ProxyNCA
+from fastret.losses.proxy_softmax import NormalizedSoftmax, ProxyNCAPlusPlus
 from fastret.losses.smooth_ap import SmoothAP
 from fastret.losses.soft_target import PatchMixTargets, SoftTargetInfoNCE
 from fastret.losses.sup_con import SupCon
 
 __all__ = [
+    "ArcFace",
     "CLIPLoss",
     "CQCLoss",
+    "CosFace",
     "InfoNCE",
     "InstanceSoftmax",
     "NTXent",
+    "NormalizedSoftmax",
     "PatchMixTargets",
+    "ProxyAnchor",
     "ProxyNCA",
+    "ProxyNCAPlusPlus",
     "SmoothAP",
     "SoftTargetInfoNCE",
     "SupCon",
