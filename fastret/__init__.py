@@ -10,6 +10,7 @@ from fastret.backends.registry import available_backends, backend
 from fastret.env import env_report
 from fastret.losses import (
     ArcFace,
+    CentroidTriplet,
     CLIPLoss,
     CosFace,
     CQCLoss,
@@ -30,6 +31,7 @@ __all__ = [
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
+    "CentroidTriplet",
     "CosFace",
     "InfoNCE",
     "InstanceSoftmax",

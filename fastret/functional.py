@@ -1,5 +1,6 @@
 """Functional forms of the losses."""
 
+from fastret.losses.centroid_triplet import centroid_triplet
 from fastret.losses.cqc import cqc
 from fastret.losses.info_nce import clip, info_nce
 from fastret.losses.instance_softmax import instance_softmax
@@ -14,6 +15,7 @@ from fastret.losses.sup_con import sup_con
 
 __all__ = [
     "arc_face",
+    "centroid_triplet",
     "clip",
     "cos_face",
     "cqc",

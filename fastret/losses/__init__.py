@@ -1,5 +1,6 @@
 """Floor 4: losses as formulas over what ops return. One file per family."""
 
+from fastret.losses.centroid_triplet import CentroidTriplet
 from fastret.losses.cqc import CQCLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
@@ -16,6 +17,7 @@ __all__ = [
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
+    "CentroidTriplet",
     "CosFace",
     "InfoNCE",
     "InstanceSoftmax",

@@ -18,17 +18,17 @@ from fastret.losses.reduction import check_reduction
 from fastret.ops import checks
 
 
-def check_proxies(x: Tensor, proxies: Tensor, labels: Tensor) -> Tensor:
-    """The arguments of a loss of rows (B, D) against a proxy a class (C, D); labels as int64.
+def check_proxies(x: Tensor, proxies: Tensor, labels: Tensor, name: str = "proxies") -> Tensor:
+    """The arguments of a loss of rows (B, D) against a proxy a class (C, D), called ``name``; labels as int64.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected; also C < 2, and a label that
             no class has (on a GPU by device assert, without waiting for it).
     """
     checks.check_rows(x, "x")
-    checks.check_rows(proxies, "proxies", like=x)
+    checks.check_rows(proxies, name, like=x)
     if proxies.shape[0] < 2:
-        raise ValueError(f"proxies: expected at least 2 rows, one a class, got {proxies.shape[0]}")
+        raise ValueError(f"{name}: expected at least 2 rows, one a class, got {proxies.shape[0]}")
     checks.check_labels(labels, x, "labels")
     labels = labels.long()  # before its values are compared with a number its own dtype may not hold
     checks.check_range(labels, proxies.shape[0], "labels")
