@@ -71,7 +71,7 @@ class CentroidTriplet(nn.Module):
 
     L = mean over i of || x_i - c_{y_i} || - 1 / (3 (C - 1)) sum over j != y_i of || x_i - c_j ||
 
-    Cost: one matmul of B C D forward, two backward. Memory: O(B + C) beyond the gradient of X.
+    Cost: one matmul of B C D forward, two backward. Memory: O(B + C) and the gradient of X.
 
     Args:
         centroids: (C, D), C >= 2, kept as a buffer; ``torch.eye(C, D)`` are the vertices of a simplex.

@@ -120,7 +120,7 @@ class CosFace(ProxyLoss):
     L = mean over i of log(e^{z_i} + sum over j != y_i of e^{scale cos(x_i, p_j)}) - z_i,
     z_i = scale (cos(x_i, p_{y_i}) - margin)
 
-    Cost: one matmul of B C D forward, three backward. Memory: O(B + C) beyond the gradients.
+    Cost: one matmul of B C D forward, three backward. Memory: O(B + C) and the gradients.
 
     Args:
         nb_classes: C >= 2. sz_embed: D, the width of the embeddings.
@@ -170,7 +170,7 @@ class ArcFace(ProxyLoss):
     L = mean over i of log(e^{z_i} + sum over j != y_i of e^{scale cos(x_i, p_j)}) - z_i,
     z_i = scale cos(theta_i + margin), theta_i the angle between x_i and p_{y_i}
 
-    Cost: one matmul of B C D forward, three backward. Memory: O(B + C) beyond the gradients.
+    Cost: one matmul of B C D forward, three backward. Memory: O(B + C) and the gradients.
 
     Args:
         nb_classes: C >= 2. sz_embed: D, the width of the embeddings.

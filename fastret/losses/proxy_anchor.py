@@ -80,7 +80,7 @@ class ProxyAnchor(ProxyLoss):
     L = 1 / C+ sum_j log(1 + sum_{i: y_i = j} e^{-alpha (s_ij - margin)})
       + 1 / C sum_j log(1 + sum_{i: y_i != j} e^{alpha (s_ij + margin)}),   s_ij = cos(x_i, p_j)
 
-    Cost: one matmul of B C D forward, three backward. Memory: O(B + C) beyond the gradients.
+    Cost: one matmul of B C D forward, three backward. Memory: O(B + C) and the gradients.
 
     Args:
         nb_classes: C >= 2. sz_embed: D, the width of the embeddings.

@@ -110,7 +110,7 @@ class ProxyNCA(ProxyLoss):
 
     L = mean over i of -sum_j T_ij log softmax_j(-D_ij),   D_ij = squared distance of scaled unit vectors
 
-    Cost: three matmuls of B C D for loss and gradients (reduction="none": four). Memory: O(B + C) beyond the gradients,
+    Cost: three matmuls of B C D for loss and gradients (reduction="none": four). Memory: O(B + C) and the gradients,
     where the reference's listing computes the distances of all (B + C)^2 pairs.
 
     Proxies want a learning rate of their own, and ``init_from`` or ``init_from_loader`` before the first step.

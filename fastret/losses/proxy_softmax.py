@@ -73,7 +73,7 @@ class NormalizedSoftmax(ProxyLoss):
 
     L = mean over i of lse_j(cos(x_i, p_j) / temperature) - cos(x_i, p_{y_i}) / temperature
 
-    Cost: three matmuls of B C D for loss and gradients (reduction="none": four). Memory: O(B + C) beyond the gradients.
+    Cost: three matmuls of B C D for loss and gradients (reduction="none": four). Memory: O(B + C) and the gradients.
 
     Args:
         nb_classes: C >= 2. sz_embed: D, the width of the embeddings.
@@ -118,7 +118,7 @@ class ProxyNCAPlusPlus(ProxyLoss):
 
     L = mean over i of lse_j(2 scale^2 cos(x_i, p_j)) - 2 scale^2 cos(x_i, p_{y_i})
 
-    Cost: three matmuls of B C D for loss and gradients (reduction="none": four). Memory: O(B + C) beyond the gradients,
+    Cost: three matmuls of B C D for loss and gradients (reduction="none": four). Memory: O(B + C) and the gradients,
     where the official code computes the distances of all (B + C)^2 pairs.
 
     Args:
