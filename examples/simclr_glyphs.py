@@ -223,7 +223,7 @@ def run(options: Options, *, resume: bool = False) -> dict[str, Any]:
     print(f"{'R@1':8}" + "".join(f"{percent(found.recall_at_1):>12}" for _, found in columns))
     print(f"{'MAP@R':8}" + "".join(f"{percent(found.map_at_r):>12}" for _, found in columns))
     print(f"\ntraining     {trainer.seconds:.1f} s, the loss {trainer.loss_seconds:.1f} s ({share:.1%})")
-    print(f"loss memory  {memory.describe("dense logits", rows)}")
+    print(f"loss memory  {memory.describe('dense logits', rows)}")
     write_metrics(folder, metrics)
     try:
         write_plot(trainer, pixels, folder)

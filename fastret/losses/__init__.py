@@ -1,24 +1,36 @@
 """Floor 4: losses as formulas over what ops return. One file per family."""
 
+from fastret.losses.centroid_triplet import CentroidTriplet
 from fastret.losses.cqc import CQCLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
 from fastret.losses.invariant_spreading import InvariantSpreading
+from fastret.losses.margin_softmax import ArcFace, CosFace
 from fastret.losses.multi_similarity import MultiSimilarity
 from fastret.losses.nt_xent import NTXent
+from fastret.losses.proxy_anchor import ProxyAnchor
+from fastret.losses.proxy_nca import ProxyNCA
+from fastret.losses.proxy_softmax import NormalizedSoftmax, ProxyNCAPlusPlus
 from fastret.losses.smooth_ap import SmoothAP
 from fastret.losses.soft_target import PatchMixTargets, SoftTargetInfoNCE
 from fastret.losses.sup_con import SupCon
 
 __all__ = [
+    "ArcFace",
     "CLIPLoss",
     "CQCLoss",
+    "CentroidTriplet",
+    "CosFace",
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
     "MultiSimilarity",
     "NTXent",
+    "NormalizedSoftmax",
     "PatchMixTargets",
+    "ProxyAnchor",
+    "ProxyNCA",
+    "ProxyNCAPlusPlus",
     "SmoothAP",
     "SoftTargetInfoNCE",
     "SupCon",

@@ -1,0 +1,125 @@
+"""What losses with one learned vector a class, a proxy, share: the parameter, its initialisation, their checks.
+
+Proxies that start at random need many epochs before they say anything about their classes: with 20,000 classes a short
+run only gets worse. ``init_from`` puts them where the classes lie: with unit embeddings u and their mean m, the proxy
+of class c is the direction of the mean over its rows of u - m. Embeddings of an untrained network lie in a narrow
+cone; without m all proxies would point the same way.
+"""
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastret.backends.rows import accumulation_dtype, unit_rows
+from fastret.losses.reduction import check_reduction
+from fastret.ops import checks
+
+
+def check_proxies(x: Tensor, proxies: Tensor, labels: Tensor, name: str = "proxies") -> Tensor:
+    """The arguments of a loss of rows (B, D) against a proxy a class (C, D), called ``name``; labels as int64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is expected; also C < 2, and a label that
+            no class has (on a GPU by device assert, without waiting for it).
+    """
+    checks.check_rows(x, "x")
+    checks.check_rows(proxies, name, like=x)
+    if proxies.shape[0] < 2:
+        raise ValueError(f"{name}: expected at least 2 rows, one a class, got {proxies.shape[0]}")
+    checks.check_labels(labels, x, "labels")
+    labels = labels.long()  # before its values are compared with a number its own dtype may not hold
+    checks.check_range(labels, proxies.shape[0], "labels")
+    return labels
+
+
+class ProxyLoss(nn.Module):
+    """Owns the proxies of a loss over classes 0 .. C - 1.
+
+    Args:
+        nb_classes: C >= 2. sz_embed: D >= 1, the width of the embeddings.
+        reduction: "mean", "sum", or "none". impl: "reference", "tiled", "cpu" or "triton"; None: the fastest.
+
+    Attributes:
+        proxies: (C, D) parameter, drawn from a normal distribution of deviation 1/8.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is expected.
+    """
+
+    def __init__(self, nb_classes: int, sz_embed: int, *, reduction: str = "mean", impl: str | None = None) -> None:
+        super().__init__()
+        for value, name, least in ((nb_classes, "nb_classes", 2), (sz_embed, "sz_embed", 1)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_reduction(reduction)
+        self.proxies = nn.Parameter(torch.randn(nb_classes, sz_embed) / 8)
+        self.reduction = reduction
+        self.impl = impl
+
+    @torch.no_grad()
+    def init_from(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Proxies of unit length at the class means of ``embeddings`` (N, D) with ``labels`` (N,), as described at the
+        top of this file. A class without a row, or whose mean is that of all rows, gets a random direction.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is expected.
+        """
+        sums, counts = self._nothing()
+        self._accumulate(sums, counts, embeddings, labels)
+        self._start(sums, counts)
+
+    @torch.no_grad()
+    def init_from_loader(self, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """``init_from`` the embeddings of a whole data set: one pass of ``model`` in eval mode, without gradients.
+
+        Only the sums of the classes are kept, (C, D). Every module gets its own mode back.
+
+        Args:
+            model: maps a batch of inputs to embeddings (N, D); inputs are moved to the device of its parameters.
+            loader: batches (inputs, labels), for example a ``torch.utils.data.DataLoader``.
+
+        Raises:
+            TypeError, ValueError: as ``init_from``.
+        """
+        sums, counts = self._nothing()
+        device = next((p.device for p in model.parameters()), self.proxies.device)
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            bar = tqdm(loader, desc="class means", unit="batch", mininterval=0.1 if sys.stderr.isatty() else 10)
+            for inputs, labels in bar:
+                self._accumulate(sums, counts, model(inputs.to(device)), labels)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        self._start(sums, counts)
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        """Sums (C, D) and counts (C, 1) of no rows."""
+        sums = torch.zeros_like(self.proxies, dtype=accumulation_dtype(self.proxies.dtype))
+        return sums, sums.new_zeros(sums.shape[0], 1)
+
+    def _accumulate(self, sums: Tensor, counts: Tensor, embeddings: Tensor, labels: Tensor) -> None:
+        checks.check_rows(embeddings, "embeddings")
+        if embeddings.shape[1] != sums.shape[1]:
+            raise ValueError(
+                f"embeddings: expected {sums.shape[1]} columns like the proxies, got {embeddings.shape[1]}"
+            )
+        embeddings, labels = embeddings.to(sums.device), labels.to(sums.device)
+        labels = check_proxies(embeddings, self.proxies, labels)
+        sums.index_add_(0, labels, unit_rows(embeddings).to(sums.dtype))
+        counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
+
+    def _start(self, sums: Tensor, counts: Tensor) -> None:
+        means = sums / counts.clamp_min(1) - sums.sum(0) / counts.sum().clamp_min(1)
+        nowhere = (counts == 0) | (means == 0).all(1, keepdim=True)
+        self.proxies.copy_(unit_rows(torch.where(nowhere, torch.randn_like(means), means)))
+
+    def extra_repr(self) -> str:
+        classes, width = self.proxies.shape
+        return f"{classes}, {width}, reduction={self.reduction!r}"
