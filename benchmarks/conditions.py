@@ -37,8 +37,8 @@ def linear_cross_entropy_missing(device: str) -> str | None:
     return None
 
 
-def up_to(limit: int, reason: str) -> Callable[[Size], str | None]:
-    return lambda size: f"not above N = {limit}: {reason}" if size["n"] > limit else None
+def up_to(limit: int, reason: str, axis: str = "n") -> Callable[[Size], str | None]:
+    return lambda size: f"not above {axis.upper()} = {limit}: {reason}" if size[axis] > limit else None
 
 
 def only_at(n: int) -> Callable[[Size], str | None]:
