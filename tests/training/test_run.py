@@ -69,7 +69,7 @@ def test_learns_with_nt_xent(options: Build) -> None:
     report = train(options(loss="nt-xent", temperature=0.1, iterations=12, batch_classes=40), say=_silent)
     assert report.after.map_at_r > report.before.map_at_r + 0.2
     assert report.history[-1] < report.history[0] - 1
-    assert "N x N matrices of logits need" in report.table()
+    assert "tables of positive x negative pairs need" in report.table()
 
 
 def test_equal_options_give_equal_bits(options: Build, tmp_path: Path) -> None:
