@@ -4,8 +4,9 @@ With logits l_ij = scale s_ij + a_i + b_j of s = X Y^T, a head over rows has
 
     lse_i = c_i + log sum over allowed j of exp(l_ij - c_i),      c_i = max l_ij,          t_i = sum over j of Y_ij l_ij
 
-(one over columns: sums over i). A program owns rows u of the side that the results belong to, and sweeps the rows v of
-the other; c and the sum are brought up to date tile by tile. Backward recomputes tiles of S for all heads at once,
+(one over columns: sums over i; one with a phi: the sum of phi(l_ij) takes the place of lse, phi' that of P). A program
+owns rows u of the side that the results belong to, and sweeps the rows v of the other; c and the sum are brought up to
+date tile by tile. Backward recomputes tiles of S for all heads at once,
 
     W = g P + h Y,      T = sum over heads of scale W,      du = T v
 
@@ -21,8 +22,9 @@ in every launch, and so tiles that are as high as wide, everywhere the same.
 import triton
 import triton.language as tl
 
-from fastret.kernels.triton.pairs import LN2, allowed, exponential, logits, pair_weights, target_weights
-from fastret.kernels.triton.pairwise import add_weighted_rows, dot_tile, owned_columns, owned_rows
+from fastret.kernels.triton.pairs import allowed, logits, pair_weights, target_weights
+from fastret.kernels.triton.pairwise import LN2, add_weighted_rows, dot_tile, exponential, owned_columns, owned_rows
+from fastret.kernels.triton.phi import phi_value
 
 INF = tl.constexpr(float("inf"))
 
@@ -52,7 +54,7 @@ def masked_lse_kernel(
     u, v, head, lse, t, n, m, width, first_column,
     TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """lse and t (parts, n) of one head: grid axis 1 divides the other side."""
+    """lse, or the sum of a phi, and t (parts, n) of one head: grid axis 1 divides the other side."""
     own, exists = owned_rows(n, BLOCK_M)
     dtype: tl.constexpr = lse.dtype.element_ty
     high = tl.full((BLOCK_M,), -INF, dtype)
@@ -68,12 +70,17 @@ def masked_lse_kernel(
         j = other[None, :] if head.axis == "row" else own[:, None]
         z = logits(head, s, i, j)
         ok = allowed(head.mask, s, i, j, first_column, valid)
-        high, total = add_exponentials(high, total, tl.where(ok, z, -INF))
+        if head.reduce == "lse":
+            high, total = add_exponentials(high, total, tl.where(ok, z, -INF))
+        else:
+            total += tl.sum(tl.where(ok, phi_value(head.reduce, z), 0.0), 1)
         if head.scored:
             y = target_weights(head, s, i, j, first_column, valid)
             score += tl.sum(tl.where(valid, y * z, 0.0), 1)
     place = tl.program_id(1).to(tl.int64) * n + own
-    tl.store(lse + place, tl.where(high == -INF, 0.0, high) + tl.log2(total) * LN2, mask=exists)
+    if head.reduce == "lse":
+        total = tl.where(high == -INF, 0.0, high) + tl.log2(total) * LN2
+    tl.store(lse + place, total, mask=exists)
     tl.store(t + place, score, mask=exists)
 
 

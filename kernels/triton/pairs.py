@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from fastret.kernels.triton.pairwise import exponential
+from fastret.kernels.triton.phi import phi_slope
 
 
 class Mask(NamedTuple):
@@ -29,8 +29,9 @@ class Mask(NamedTuple):
 
 
 class Target(NamedTuple):
-    """One of: index; weight of rows for the pairs of a mask; dense (N, columns); shifts.
+    """One of: index; weight of rows for the pairs of a mask; dense (N, columns); shifts; offsets with entries.
 
+    Entries: indices and weights, of which those from offsets i to i + 1 are row i's.
     Shifts: column base + (i + shift), modulo the period where there is one, has the weight of the shift; 1 where
     ``shift_weights`` is None.
     """
@@ -44,13 +45,16 @@ class Target(NamedTuple):
     shift_weights: Any = None
     base: Any = None
     period: Any = None
+    offsets: Any = None
+    entries: Any = None
 
 
 class Head(NamedTuple):
     """``Head``: scale, biases and upstream gradients as pointers; axis, a constexpr: "row" or "column".
 
     Y is keep times the target plus uniform, where those are given; scored, a constexpr: whether it is anything but 0.
-    lse and its and the target score's upstream gradient are those of backward, one per row or column by the axis.
+    reduce, a constexpr: "lse" or the name of a phi, whose sum then takes the place of the lse. lse and its and the
+    target score's upstream gradient are those of backward, one per row or column by the axis.
     """
 
     scale: Any
@@ -62,6 +66,7 @@ class Head(NamedTuple):
     uniform: Any
     scored: Any
     axis: Any
+    reduce: Any
     lse: Any = None
     grad_lse: Any = None
     grad_target: Any = None
@@ -107,9 +112,18 @@ def logits(head, s, i, j):
 
 
 @triton.jit
-def exponential(z):
-    """e^z. log2(e) multiplies differences of logits, not logits: their rounding would be that much larger."""
-    return tl.exp2(z * LOG2E)
+def listed_weights(target, i, column, like):
+    """Sums of the weights of entries of rows i with the number ``column``: one comparison of the tile for each entry
+    of the row that has most of them."""
+    begin = tl.load(target.offsets + i)
+    count = tl.load(target.offsets + i + 1) - begin
+    y = tl.zeros_like(like)
+    for k in range(0, tl.max(count)):
+        exists = k < count
+        index = tl.load(target.entries[0] + begin + k, mask=exists, other=-1)
+        weight = tl.load(target.entries[1] + begin + k, mask=exists, other=0.0)
+        y += tl.where(column == index, weight, 0.0)
+    return y
 
 
 @triton.jit
@@ -132,6 +146,8 @@ def target_weights(head, s, i, j, first_column, valid):
         if target.shift_weights is not None:
             hit = hit * tl.load(target.shift_weights[d])
         y += hit
+    if target.offsets is not None:
+        y += listed_weights(target, i, j.to(tl.int64) + first_column, y)
     if head.keep is not None:
         y = y * tl.load(head.keep) + tl.load(head.uniform)
     return y
@@ -139,13 +155,19 @@ def target_weights(head, s, i, j, first_column, valid):
 
 @triton.jit
 def pair_weights(head, s, i, j, first_column, valid):
-    """W_ij = g P_ij + h Y_ij, 0 where not ``valid``: the gradient of the logits."""
+    """W_ij = g P_ij + h Y_ij, 0 where not ``valid``: the gradient of the logits. P is phi' where a phi is summed."""
     line = i if head.axis == "row" else j
-    lse = tl.load(head.lse + line)
-    empty = lse == float("-inf")  # has no gradient through lse, whatever g is
-    probability = exponential(logits(head, s, i, j) - tl.where(empty, 0.0, lse))
+    z = logits(head, s, i, j)
+    grad = tl.load(head.grad_lse + line)
+    if head.reduce == "lse":
+        lse = tl.load(head.lse + line)
+        empty = lse == float("-inf")  # has no gradient through lse, whatever g is
+        p = exponential(z - tl.where(empty, 0.0, lse))
+        grad = tl.where(empty, 0.0, grad)
+    else:
+        p = phi_slope(head.reduce, z)
     ok = allowed(head.mask, s, i, j, first_column, valid)
-    w = tl.where(ok, probability * tl.where(empty, 0.0, tl.load(head.grad_lse + line)), 0.0)
+    w = tl.where(ok, p * grad, 0.0)
     if head.scored:
         y = target_weights(head, s, i, j, first_column, valid)
         w += tl.where(valid, y * tl.load(head.grad_target + line), 0.0)

@@ -8,6 +8,9 @@ widened right after a load, except for operands of tl.dot.
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def owned_rows(n, BLOCK_M: tl.constexpr):
@@ -60,6 +63,12 @@ def add_weighted_rows(total, weights, y, column, feature, width):
         return tl.dot(weights, rows.to(tl.float32), total, input_precision="tf32")
     else:
         return tl.dot(weights.to(rows.dtype), rows, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def exponential(z):
+    """e^z. log2(e) multiplies differences of logits, not logits: their rounding would be that much larger."""
+    return tl.exp2(z * LOG2E)
 
 
 @triton.jit

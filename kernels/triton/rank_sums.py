@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from fastret.kernels.triton.pairwise import (
+    LN2,
     add_weighted_rows,
     owned_columns,
     owned_rows,
@@ -32,7 +33,6 @@ from fastret.kernels.triton.pairwise import (
 )
 
 INF = tl.constexpr(float("inf"))
-LN2 = tl.constexpr(0.6931471805599453)
 
 # Numbers that differ from batch to batch must not make new variants of a kernel.
 VARYING = ("n", "m", "pairs")

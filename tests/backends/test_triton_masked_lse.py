@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastret.backends import phi
 from fastret.backends.pairs import Gradients, Need
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import masked_lse as backend
 from fastret.kernels.triton import config
 from fastret.kernels.triton import masked_lse as kernels
-from fastret.ops import Circulant, Dense, Head, Indexed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
+from fastret.ops import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
 
 F64 = torch.float64
 COMPILED = torch.cuda.is_available()
@@ -58,6 +59,14 @@ def rows(*shape: int, seed: int = 5) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed), dtype=F64).to(DEVICE)
 
 
+def listed(n: int, m: int) -> Listed:
+    """Rows without an entry, with several, with one twice."""
+    counts = labels(n, 4, seed=8)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    entries = int(offsets[-1])
+    return Listed(offsets, labels(entries, min(m, 6), seed=9), uniform(entries, seed=10))
+
+
 MASKS: dict[str, Callable[[int, int], PairMask]] = {
     "any": lambda n, m: PairMask(),
     "same": lambda n, m: PairMask(same=(labels(n), labels(m, seed=3))),
@@ -83,6 +92,7 @@ TARGETS: dict[str, Callable[[int, int], object]] = {
     "circulant": lambda n, m: Circulant((-1, 0, 1), (0.3, 0.5, 0.2), min(n, m), 0),
     "circulant, offset": lambda n, m: Circulant((0, 2), (0.5, 0.5), min(n, 7), m - 7),
     "dense": lambda n, m: Dense(uniform(n, m)),
+    "listed": lambda n, m: listed(n, m),
 }
 
 
@@ -182,6 +192,22 @@ def test_every_mask_and_target(mask: str, target: str) -> None:
     check(x, y, [head, replace(head, axis="column", scale=-1.5, row_bias=None)], dtype)
 
 
+@pytest.mark.parametrize("gallery", [True, False])
+@pytest.mark.parametrize("mask", ["any", "different", "not self", "below", "all at once"])
+@pytest.mark.parametrize("name", phi.NAMES)
+def test_every_phi(name: str, mask: str, gallery: bool) -> None:
+    """Over rows beside a log-sum-exp, and over columns; in dtypes by turns."""
+    turn = phi.NAMES.index(name) + list(MASKS).index(mask) + gallery
+    m = M if gallery else N
+    x, y = rows(N, 5), rows(m, 5, seed=6) if gallery else None
+    # arguments are as far from 0 as rounding of half precision could bring them there, except for the hinge
+    far = 0.0 if name == "hinge" else -3.0
+    scale = torch.tensor(2.0, device=DEVICE)
+    head = Head(scale, MASKS[mask](N, m), Shifted(2), 0.1, far - uniform(N), uniform(m) * 0.2, reduce=name)
+    heads = [head, Head(5.0, PairMask(offset=1)), replace(head, axis="column", scale=-1.5, target=None, smoothing=0.0)]
+    check(x, y, heads, DTYPES[turn % 4])
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("gallery", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,7 +242,7 @@ def test_many_heads_and_widths(gallery: bool) -> None:
     check(x, y, heads)
 
 
-@pytest.mark.parametrize("name", ["index", "shifted, wrapped", "circulant, offset", "same label"])
+@pytest.mark.parametrize("name", ["index", "shifted, wrapped", "circulant, offset", "same label", "listed"])
 def test_pieces_of_the_columns(name: str) -> None:
     """Partial results merge to those of all columns; so do the gradients."""
     x, y = rows(N, 9).requires_grad_(), rows(M, 9, seed=6).requires_grad_()
@@ -279,7 +305,8 @@ def test_bad_values_are_never_hidden(bad: float, side: str) -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 5), (5, 0)])
 def test_no_pair(n: int, m: int) -> None:
-    heads = [Head(2.0, target=Shifted(), row_bias=uniform(n)), Head(torch.tensor(2.0, device=DEVICE), axis="column")]
+    scale = torch.tensor(2.0, device=DEVICE)
+    heads = [Head(2.0, target=Shifted(), row_bias=uniform(n)), Head(scale, axis="column"), Head(reduce="hinge")]
     check(rows(n, 6), rows(m, 6), heads)
 
 

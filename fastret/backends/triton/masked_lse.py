@@ -14,7 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
+from fastret.backends.pairs import (
+    Circulant,
+    Dense,
+    Gradients,
+    Head,
+    Indexed,
+    Listed,
+    Masked,
+    Need,
+    PairMask,
+    Shifted,
+    Target,
+)
 from fastret.backends.rows import PackedRows, accumulation_dtype, poison
 from fastret.backends.triton.rows import pack_padded, padded, total
 from fastret.kernels.triton import config, pairs
@@ -72,17 +84,18 @@ class _Problem:
             head.scale if isinstance(head.scale, Tensor) else _number(head.scale, like),
             head.row_bias,
             head.column_bias,
-            _mask(head.mask),
+            mask_arguments(head.mask),
             _target(head.target, like),
             _number(1 - head.smoothing, like) if head.smoothing else None,
             _number(head.smoothing / self.columns, like) if head.smoothing else None,
             tl.constexpr(head.target is not None or head.smoothing > 0),
             tl.constexpr(head.axis),
+            tl.constexpr(head.reduce),
             *(upstream or ()),
         )
 
     def sums(self, head: Head) -> tuple[Tensor, Tensor]:
-        """lse and t of one head."""
+        """lse, or the sum of a phi, and t of one head."""
         u, v = self.sides(head.axis)
         n, m = len(u), len(v)
         options = config.lookup("lse heavy" if self.heavy else "lse", u.device, u.dtype, self.width)
@@ -95,7 +108,7 @@ class _Problem:
             TRANSPOSED=head.axis == "column",
             **{name: value for name, value in options.items() if name != "SLICE"},
         )
-        return (lse[0] if parts == 1 else lse.logsumexp(0)), total(t)
+        return (lse.logsumexp(0) if head.reduce == "lse" and parts > 1 else total(lse)), total(t)
 
     def gradient(self, upstream: Sequence[_Upstream], *, rows: bool, columns: bool, wanted: Sequence[bool]) -> _Sums:
         """Of the rows, of the columns, or of both where they are the same; ``wanted``: which fields of the sums."""
@@ -129,7 +142,8 @@ def _number(value: float, like: Tensor) -> Tensor:
     return torch.full_like(like, value)
 
 
-def _mask(m: PairMask) -> pairs.Mask:
+def mask_arguments(m: PairMask) -> pairs.Mask:
+    """A mask as the kernels take it."""
     offset = m.offset if m.offset is None or m.period is None else m.offset % m.period
     return pairs.Mask(m.same, m.different, m.distinct, offset, m.period, m.above, m.below)
 
@@ -141,9 +155,11 @@ def _target(target: Target | None, like: Tensor) -> pairs.Target:
         case Indexed():
             return pairs.Target(index=target.index)
         case Masked():
-            return pairs.Target(mask=_mask(target.mask), weight=target.weight)
+            return pairs.Target(mask=mask_arguments(target.mask), weight=target.weight)
         case Dense():
             return pairs.Target(dense=target.weights, columns=target.weights.shape[1])
+        case Listed():
+            return pairs.Target(offsets=target.offsets, entries=(target.index, target.weight))
         case Shifted():
             shift = target.offset if target.period is None else target.offset % target.period
             return pairs.Target(shifts=(shift,), period=target.period)
@@ -165,6 +181,7 @@ def _conditions(head: Head) -> int:
     """About how many numbers a row, and a column, a program has to hold for a head."""
     target = head.target
     held = [*vars(head.mask).values(), head.row_bias, head.column_bias, target, head.smoothing or None]
+    held.append(head.reduce if head.reduce != "lse" else None)
     if isinstance(target, Masked):
         held.extend(vars(target.mask).values())
     shifts = len(target.shifts) if isinstance(target, Circulant) else 0
@@ -201,7 +218,7 @@ def forward(
         nothing = poison(x, gallery)
         if not len(x) or not len(gallery):
             empty = [torch.zeros(sizes[head.axis], dtype=wide, device=x.device) + nothing for head in heads]
-            return [(t - torch.inf, t) for t in empty]
+            return [(t - torch.inf if h.reduce == "lse" else t.clone(), t) for h, t in zip(heads, empty, strict=True)]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for problem in _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns):
             for place, head in zip(problem.places, problem.heads, strict=True):
