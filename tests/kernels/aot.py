@@ -83,7 +83,9 @@ def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides})
 
 
-def head(real: str, axis: str, mask: pairs.Mask, target: pairs.Target, extra: str | None = None, reduce: str = "lse") -> pairs.Head:
+def head(
+    real: str, axis: str, mask: pairs.Mask, target: pairs.Target, extra: str | None = None, reduce: str = "lse"
+) -> pairs.Head:
     """One with all upstream gradients; ``extra``: biases and smoothing."""
     constants = tl.constexpr(True), tl.constexpr(axis), tl.constexpr(reduce)
     return pairs.Head(real, extra, extra, mask, target, extra, extra, *constants, real, real, real)
