@@ -73,6 +73,9 @@ template <class T> inline Decay<T> decay(Vec<T> gap) {
   return {x < least ? Vec<T>{} : e, (T(1) - scale) - scale * p};
 }
 
+// Squared distances below this are those of rows that coincide.
+template <class T> constexpr T kCoincide = 32 * std::numeric_limits<T>::epsilon();
+
 // How far z stays below 0, at least the resolution of the type.
 template <class T> inline Vec<T> gap_below_zero(Vec<T> z) {
   const Vec<T> gap = -z, floor = splat(std::numeric_limits<T>::epsilon());
@@ -93,7 +96,7 @@ template <class T> inline Vec<T> log1m_exp_slope(Vec<T> z) {
 
 // z becomes phi(z). Rows are padded to whole vectors.
 template <class T> void phi_values(Reduction phi, int64_t cols, T* z) {
-  constexpr T floor = std::numeric_limits<T>::epsilon();
+  constexpr T floor = kCoincide<T>;
   const int64_t width = padded<T>(cols);
   switch (phi) {
     case Reduction::log1m_exp:
@@ -120,7 +123,7 @@ template <class T> void phi_values(Reduction phi, int64_t cols, T* z) {
 
 // z becomes the slope of phi at z.
 template <class T> void phi_slopes(Reduction phi, int64_t cols, T* z) {
-  constexpr T floor = std::numeric_limits<T>::epsilon();
+  constexpr T floor = kCoincide<T>;
   const int64_t width = padded<T>(cols);
   switch (phi) {
     case Reduction::log1m_exp:

@@ -5,11 +5,11 @@
     distance          sqrt(-z), z <= 0            slope -1 / (2 sqrt(-z))
     inverse_distance  1 / sqrt(-z), z <= 0        slope 1 / (2 (-z)^1.5)
 
-Where an argument must not be positive and rounding made it so, or it is closer to 0 than ``smallest`` (the resolution
-of the dtype: nothing nearer can be told from 0), these rules hold, and finite input never gives infinity:
+Where an argument must not be positive and rounding made it so, or it is closer to 0 than ``resolution``, these rules
+hold, and finite input never gives infinity:
 
-- log1m_exp takes z = -smallest, value and slope: a pair whose probability rounds to 1 is pushed away hardest;
-- rows that coincide have no direction: slope 0; distance is 0, inverse_distance what it is at -smallest.
+- log1m_exp takes z = -resolution, value and slope: a pair whose probability rounds to 1 is pushed away hardest;
+- rows that coincide have no direction: slope 0; distance is 0, inverse_distance what it is at -resolution.
 """
 
 import torch
@@ -18,20 +18,21 @@ from torch import Tensor
 NAMES = ("log1m_exp", "hinge", "distance", "inverse_distance")
 
 
-def smallest(dtype: torch.dtype) -> float:
-    """Magnitudes of z below this count as 0."""
-    return torch.finfo(dtype).eps
+def resolution(phi: str, dtype: torch.dtype) -> float:
+    """Magnitudes of z below this count as 0: an ulp of 1; of a squared distance 32, as 2 - 2 cosine of equal rows comes
+    out as a few, and the slope there would be noise."""
+    return torch.finfo(dtype).eps * (1 if phi == "log1m_exp" else 32)
 
 
 def value(phi: str, z: Tensor) -> Tensor:
     """phi(z), elementwise; differentiable by autograd, twice, with the slopes above."""
-    floor = smallest(z.dtype)
     if phi == "hinge":
         return z.clamp_min(0)
+    floor = resolution(phi, z.dtype)
     gap = -z
     near = gap.detach() < floor
     if phi == "log1m_exp":
-        gap = gap + torch.where(near, floor - gap.detach(), 0)  # at the floor, with a slope
+        gap = torch.where(near, floor + (gap - gap.detach()), gap)  # at the floor, with a slope
         # each form where the other cancels
         return torch.where(gap < 0.7, torch.log(-torch.expm1(-gap)), torch.log1p(-torch.exp(-gap)))
     safe = torch.where(near, floor, gap)
@@ -43,7 +44,7 @@ def slope(phi: str, z: Tensor) -> Tensor:
     """d phi / dz, elementwise."""
     if phi == "hinge":
         return (z > 0).to(z.dtype)
-    floor = smallest(z.dtype)
+    floor = resolution(phi, z.dtype)
     gap = -z
     if phi == "log1m_exp":
         return -1 / torch.expm1(gap.clamp_min(floor))

@@ -63,7 +63,7 @@ def centroid_triplet(
     head = Head(2.0, others, Indexed(labels), row_bias=row_bias, column_bias=column_bias, reduce="distance")
     ((far, own),) = masked_lse(x, centroids, heads=[head], normalize=normalize, impl=impl)
     losses = phi.value("distance", own) - far / (3 * (classes - 1))
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    return reduce_valid(losses, None, reduction)
 
 
 class CentroidTriplet(nn.Module):

@@ -10,16 +10,19 @@ cross, positive_in_denominator=True (as modfire): anchors [Xa; Xb], candidates [
 cross, positive_in_denominator=False (the paper, eq. 7): anchors Xa, candidates Zb, and Xb with Za; 2N row losses
     l_i = lse_{j != i} S_ij - S_ii
 
+Without the positive, a single image leaves nothing in the denominator: its row losses count 0.
+
 L = sum of all row losses / 2N: the official value is twice the mean of its 4N rows.
 """
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastret.backends.pairs import Head, PairMask, Shifted
-from fastret.losses.reduction import check_reduction, row_weights
+from fastret.losses.reduction import check_reduction, over_temperature, row_weights
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
@@ -63,7 +66,7 @@ def cqc(
     checks.check_positive(temperature, "temperature")
     check_reduction(reduction)
     _check_pairs(pairs)
-    n, scale = Xa.shape[0], 1 / temperature
+    n, scale = Xa.shape[0], over_temperature(temperature, Xa)
     other_half = Shifted(n, 2 * n)
     problems: list[tuple[Tensor, Tensor | None]]
     if n == 0:
@@ -79,17 +82,25 @@ def cqc(
     else:
         problems = [(Xa, Zb), (Xb, Za)]
         head = Head(scale, PairMask(offset=0), Shifted())
-    losses = [_losses(x, y, head, n, normalize, reduction, impl) for x, y in problems]
+    counted = n > 1 or positive_in_denominator
+    losses = [_losses(x, y, head, n, counted, normalize, reduction, impl) for x, y in problems]
     return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum()
 
 
 def _losses(
-    x: Tensor, y: Tensor | None, head: Head, n: int, normalize: bool, reduction: str, impl: str | None
+    x: Tensor,
+    y: Tensor | None,
+    head: Head,
+    n: int,
+    counted: bool,
+    normalize: bool,
+    reduction: str,
+    impl: str | None,
 ) -> Tensor:
     if reduction == "none":
         ((lse, t),) = masked_lse(x, y, heads=[head], normalize=normalize, impl=impl)
-        return lse - t
-    weight = row_weights(x, None, "sum")
+        return lse - t if counted else torch.where(lse == -math.inf, 0, lse - t)
+    weight = row_weights(x, None, "sum") * counted
     if reduction == "mean":
         weight = weight / max(2 * n, 1)
     return masked_lse_sum(x, y, head=head, row_weight=weight, normalize=normalize, impl=impl)

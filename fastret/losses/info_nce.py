@@ -13,12 +13,11 @@ and with ``matryoshka`` the sum of either over prefixes of the features (Kusupat
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fastret.backends.pairs import Head, Indexed, Shifted
 from fastret.losses.matryoshka import check_matryoshka, prefixes, weighted
-from fastret.losses.reduction import check_reduction, reduce_valid, row_weights
+from fastret.losses.reduction import check_reduction, over_temperature, reduce_valid, row_weights
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
@@ -71,7 +70,7 @@ def info_nce(
     elif m < n or (symmetric and m != n):
         raise ValueError(f"key: expected {'' if symmetric else 'at least '}{n} rows like the queries, got {m}")
     widths, weights = prefixes(matryoshka, matryoshka_weights, query.shape[1])
-    scale, positive = 1 / temperature, Shifted() if target is None else Indexed(target)
+    scale, positive = over_temperature(temperature, query), Shifted() if target is None else Indexed(target)
     heads = [Head(scale, target=positive, width=w) for w in widths]
     if symmetric:
         return _both_directions(query, key, heads, weights, normalize, reduction, impl)
@@ -80,7 +79,7 @@ def info_nce(
         return masked_lse_sum(query, key, head=heads[0], row_weight=weight, normalize=normalize, impl=impl)
     results = masked_lse(query, key, heads=heads, normalize=normalize, impl=impl)
     losses = weighted([lse - t for lse, t in results], weights)
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    return reduce_valid(losses, None, reduction)
 
 
 def clip(
@@ -125,7 +124,7 @@ def _both_directions(
     results = masked_lse(x, y, heads=[*heads, *columns], normalize=normalize, impl=impl)
     pairs = zip(results[: len(heads)], results[len(heads) :], strict=True)
     losses = weighted([(row + column) / 2 - positive for (row, positive), (column, _) in pairs], weights)
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    return reduce_valid(losses, None, reduction)
 
 
 class InfoNCE(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastret.backends.pairs import Head, PairMask, Shifted
-from fastret.losses.reduction import check_reduction, log1p_exp, reduce_valid
+from fastret.losses.reduction import check_reduction, log1p_exp, over_temperature, reduce_valid
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.pair_sums import pair_sums
@@ -62,7 +62,7 @@ def invariant_spreading(
     columns = embeddings.detach() if detach_columns else None
     image = torch.arange(n, device=embeddings.device) % max(n // 2, 1)
     negatives = PairMask(distinct=(image, image))
-    scale = 1 / temperature
+    scale = over_temperature(temperature, embeddings)
     head = Head(scale, negatives, Shifted(n // 2, max(n, 1)))
     ((lse, pair),) = masked_lse(embeddings, columns, heads=[head], normalize=normalize, impl=impl)
     recognised = log1p_exp(lse + math.log(negative_weight) - pair)
@@ -77,7 +77,7 @@ def invariant_spreading(
         impl=impl,
     )
     losses = recognised - negative_weight * spread
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    return reduce_valid(losses, None, reduction)
 
 
 def _check_settings(temperature: float | Tensor, negative_weight: float, reduction: str) -> None:

@@ -92,7 +92,7 @@ def _margin_softmax(
     ((lse, own),) = masked_lse(x, proxies, heads=[Head(scale, others, Indexed(labels))], impl=impl)
     z = scale * phi(own / scale)
     losses = torch.logaddexp(lse - z, torch.zeros_like(z))
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    return reduce_valid(losses, None, reduction)
 
 
 def _wider_angle(c: Tensor, margin: float) -> Tensor:

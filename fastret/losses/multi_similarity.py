@@ -23,7 +23,6 @@ mining_margin=0.1. Both codes divide by all anchors.
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fastret.backends import registry
@@ -87,7 +86,7 @@ def multi_similarity(
     heads = [Head(-alpha, positives), Head(beta, negatives)]
     (near, _), (far, _) = masked_lse(embeddings, ref_emb, heads=heads, normalize=normalize, impl=impl)
     losses = log1p_exp(near + alpha * base) / alpha + log1p_exp(far - beta * base) / beta
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    return reduce_valid(losses, None, reduction)
 
 
 def _check_settings(

@@ -12,12 +12,11 @@ An anchor's other positives are in no denominator of its pairs: with two views o
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from fastret.backends import registry
 from fastret.backends.pairs import Head, PairMask
-from fastret.losses.reduction import check_reduction, log1p_exp, reduce_valid
+from fastret.backends.rows import poison
+from fastret.losses.reduction import check_reduction, log1p_exp, over_temperature, reduce_valid
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.pair_dot import pair_dot, positive_pairs
@@ -56,15 +55,15 @@ def nt_xent(
     checks.check_positive(temperature, "temperature")
     check_reduction(reduction)
     gallery_labels = labels if ref_labels is None else ref_labels
-    head = Head(1 / temperature, PairMask(different=(labels, gallery_labels)))
+    scale = over_temperature(temperature, embeddings)
+    head = Head(scale, PairMask(different=(labels, gallery_labels)))
     ((negatives, _),) = masked_lse(embeddings, ref_emb, heads=[head], normalize=normalize, impl=impl)
     anchor, positive = positive_pairs(labels, ref_labels)
-    # the listed pairs are a gather, which the kernels leave to PyTorch
-    chosen = registry.resolve("masked_lse", embeddings.device.type, embeddings.dtype, impl)
-    listed = "reference" if chosen == "reference" else "tiled"
-    scores = pair_dot(embeddings, ref_emb, anchor, positive, normalize=normalize, impl=listed)
-    losses = log1p_exp(negatives[anchor] - scores / temperature)
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    scores = pair_dot(embeddings, ref_emb, anchor, positive, normalize=normalize, impl=impl)
+    losses = log1p_exp(negatives[anchor] - scale * scores)
+    # a batch without any positive pair reads no score: NaN must show there too
+    nothing = poison(embeddings) if ref_emb is None else poison(embeddings, ref_emb)
+    return reduce_valid(losses, None, reduction) + nothing
 
 
 class NTXent(nn.Module):

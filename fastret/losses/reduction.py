@@ -1,5 +1,6 @@
 """How the values of anchors become a loss: one vocabulary for every loss."""
 
+import torch
 from torch import Tensor, nn
 
 from fastret.backends.rows import accumulation_dtype
@@ -12,13 +13,30 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def reduce_valid(values: Tensor, valid: Tensor, reduction: str) -> Tensor:
-    """Mean over valid anchors (0, connected to the graph, where there are none), sum, or (N,) with 0 where invalid."""
-    values = values * valid  # not a selection: NaN stays visible, and nothing waits for the device
+def reduce_valid(values: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
+    """Mean over valid anchors (0, connected to the graph, where there are none), sum, or (N,) with 0 where invalid;
+    None: all are valid."""
+    if valid is not None:
+        values = values * valid  # not a selection: NaN stays visible, and nothing waits for the device
     if reduction == "none":
         return values
     total = values.sum()
-    return total / valid.sum().clamp_min(1) if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    return total / (max(values.shape[0], 1) if valid is None else valid.sum().clamp_min(1))
+
+
+def over_temperature(temperature: float | Tensor, rows: Tensor) -> float | Tensor:
+    """1 / tau, the scale of logits of these rows; of a half precision tensor it is not rounded to half precision.
+
+    Raises:
+        ValueError: tau is a tensor on another device.
+    """
+    if not isinstance(temperature, Tensor):
+        return 1 / temperature
+    if temperature.device != rows.device:
+        raise ValueError(f"temperature: expected device {rows.device} like the rows, got {temperature.device}")
+    return 1 / temperature.to(torch.promote_types(temperature.dtype, accumulation_dtype(rows.dtype)))
 
 
 def log1p_exp(z: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastret.backends.pairs import Block, Circulant, Dense, Head
-from fastret.losses.reduction import check_reduction, reduce_valid, row_weights
+from fastret.losses.reduction import check_reduction, over_temperature, reduce_valid, row_weights
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
@@ -38,6 +38,7 @@ class PatchMixTargets:
         columns: C, the number of keys; None: as many as the loss is given, and offset + batch for ``dense``.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: an argument out of its range; B < 2m - 1 with a mixing kind: shifts then meet in one column, which
             the official labels overwrite instead of adding.
     """
@@ -52,8 +53,10 @@ class PatchMixTargets:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        checks.check_count(self.batch, "batch")
-        checks.check_count(self.m, "m")
+        checks.check_integer(self.batch, "batch", 1)
+        checks.check_integer(self.m, "m", 1)
+        checks.check_integer(self.offset, "offset", 0)
+        checks.check_count(self.columns, "columns")
         if self.kind != "origin" and self.batch < 2 * self.m - 1:
             raise ValueError(
                 f"batch: expected at least 2m - 1 = {2 * self.m - 1} rows for m = {self.m} (with fewer, the circulant "
@@ -63,8 +66,6 @@ class PatchMixTargets:
             raise TypeError(f"smoothing: expected a number, got {type(self.smoothing).__name__}")
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f"smoothing: expected a number from 0 to 1, got {self.smoothing}")
-        if self.offset < 0:
-            raise ValueError(f"offset: expected at least 0, got {self.offset}")
         if self.columns is not None and self.columns < self.offset + self.batch:
             raise ValueError(
                 f"columns: expected at least offset + batch = {self.offset + self.batch}, got {self.columns}"
@@ -124,9 +125,10 @@ def soft_target_info_nce(
     check_reduction(reduction)
     b, c = query.shape[0], key.shape[0]
     key = key.detach() if detach_keys else key
+    scale = over_temperature(temperature, query)
     if isinstance(targets, PatchMixTargets):
         _check_fit(targets, b, c)
-        head = Head(1 / temperature, target=targets.circulant(), smoothing=float(targets.smoothing))
+        head = Head(scale, target=targets.circulant(), smoothing=float(targets.smoothing))
         if reduction != "none":
             weight = row_weights(query, None, reduction)
             return masked_lse_sum(query, key, head=head, row_weight=weight, normalize=normalize, impl=impl)
@@ -140,11 +142,12 @@ def soft_target_info_nce(
     if targets.device != query.device:
         raise ValueError(f"targets: expected device {query.device} like the queries, got {targets.device}")
     targets = targets.detach()
-    ((lse, t),) = masked_lse(
-        query, key, heads=[Head(1 / temperature, target=Dense(targets))], normalize=normalize, impl=impl
-    )
+    if b and not c:
+        raise ValueError("key: expected at least one row, got none")
+    head = Head(scale, target=Dense(targets))
+    ((lse, t),) = masked_lse(query, key, heads=[head], normalize=normalize, impl=impl)
     losses = targets.sum(1, dtype=lse.dtype) * lse - t
-    return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    return reduce_valid(losses, None, reduction)
 
 
 def _check_fit(targets: PatchMixTargets, b: int, c: int) -> None:

@@ -17,7 +17,7 @@ from fastret.backends.pairs import Head, Masked, PairMask
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.segments import label_segments
 from fastret.losses.matryoshka import check_matryoshka, prefixes, weighted
-from fastret.losses.reduction import check_reduction, reduce_valid, row_weights
+from fastret.losses.reduction import check_reduction, over_temperature, reduce_valid, row_weights
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
@@ -67,7 +67,7 @@ def sup_con(
     weight = 1 / count.clamp_min(1).to(accumulation_dtype(embeddings.dtype))
     target = Masked(candidates & PairMask(same=(labels, gallery_labels)), weight)
     widths, weights = prefixes(matryoshka, matryoshka_weights, embeddings.shape[1])
-    scale = 1 / temperature
+    scale = over_temperature(temperature, embeddings)
     heads = [Head(scale, candidates, target, width=w) for w in widths]
     valid = count > 0
     if reduction != "none" and len(heads) == 1:

@@ -75,14 +75,18 @@ def check_number(value: float, name: str) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def check_count(value: int | None, name: str) -> None:
-    """None or an integer >= 1."""
-    if value is None:
-        return
+def check_integer(value: int, name: str, least: int | None = None) -> None:
+    """An integer, of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_count(value: int | None, name: str) -> None:
+    """None or an integer >= 1."""
+    if value is not None:
+        check_integer(value, name, 1)
 
 
 def check_vector(values: Tensor, rows: Tensor, name: str) -> None:

@@ -11,13 +11,14 @@ temperature, is no other program to torch.compile.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fastret.backends import phi
-from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted
+from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted, Target
+from fastret.ops import checks
 
 _TYPES = {t.__name__: t for t in (PairMask, Indexed, Shifted, Masked, Circulant, Dense, Listed)}
 _FIELDS = {t: tuple(f.name for f in fields(t)) for t in (*_TYPES.values(), Head)}
@@ -173,8 +174,10 @@ def check_heads(heads: Sequence[Head], x: Tensor, y: Tensor) -> None:
         where = f"heads[{k}]"
         if head.axis not in ("row", "column"):
             raise ValueError(f"{where}.axis: expected 'row' or 'column', got {head.axis!r}")
-        if head.width is not None and not 1 <= head.width <= x.shape[1]:
-            raise ValueError(f"{where}.width: expected 1 to {x.shape[1]}, the width of x, got {head.width}")
+        if head.width is not None:
+            checks.check_integer(head.width, f"{where}.width")
+            if not 1 <= head.width <= x.shape[1]:
+                raise ValueError(f"{where}.width: expected 1 to {x.shape[1]}, the width of x, got {head.width}")
         if head.reduce not in ("lse", *phi.NAMES):
             raise ValueError(f"{where}.reduce: expected 'lse' or one of {', '.join(phi.NAMES)}, got {head.reduce!r}")
         if not 0 <= head.smoothing <= 1:
@@ -185,21 +188,35 @@ def check_heads(heads: Sequence[Head], x: Tensor, y: Tensor) -> None:
             if bias is not None:
                 _check(bias, f"{where}.{name}", (size,), False, x)
         _check_mask(head.mask, f"{where}.mask", x, n, m)
-        target = head.target
-        if isinstance(target, Indexed):
-            _check(target.index, f"{where}.target.index", (n,), True, x)
-        elif isinstance(target, Masked):
-            _check_mask(target.mask, f"{where}.target.mask", x, n, m)
-            _check(target.weight, f"{where}.target.weight", (n,), False, x)
-        elif isinstance(target, Dense):
-            _check(target.weights, f"{where}.target.weights", (n, m), False, x)
-        elif isinstance(target, Listed):
+        if head.target is not None:
+            _check_target(head.target, f"{where}.target", x, n, m)
+
+
+def _check_target(target: Target, where: str, x: Tensor, n: int, m: int) -> None:
+    match target:
+        case Indexed():
+            _check(target.index, f"{where}.index", (n,), True, x)
+        case Shifted():
+            checks.check_integer(target.offset, f"{where}.offset")
+            checks.check_count(target.period, f"{where}.period")
+        case Masked():
+            _check_mask(target.mask, f"{where}.mask", x, n, m)
+            _check(target.weight, f"{where}.weight", (n,), False, x)
+        case Circulant():
+            checks.check_integer(target.period, f"{where}.period", 1)
+            checks.check_integer(target.offset, f"{where}.offset")
+            if len(target.shifts) != len(target.weights):
+                raise ValueError(f"{where}: expected a weight for each shift, got {target.shifts}, {target.weights}")
+        case Dense():
+            _check(target.weights, f"{where}.weights", (n, m), False, x)
+        case Listed():
             entries = (target.index.numel(),) if isinstance(target.index, Tensor) else ()
-            _check(target.offsets, f"{where}.target.offsets", (n + 1,), True, x)
-            _check(target.index, f"{where}.target.index", entries, True, x)
-            _check(target.weight, f"{where}.target.weight", entries, False, x)
-        elif isinstance(target, Circulant) and len(target.shifts) != len(target.weights):
-            raise ValueError(f"{where}.target: expected a weight for each shift, got {target.shifts}, {target.weights}")
+            _check(target.offsets, f"{where}.offsets", (n + 1,), True, x)
+            _check(target.index, f"{where}.index", entries, True, x)
+            _check(target.weight, f"{where}.weight", entries, False, x)
+        case _:
+            kinds = ", ".join(kind.__name__ for kind in get_args(Target))
+            raise TypeError(f"{where}: expected None or one of {kinds}, got {type(target).__name__}")
 
 
 def _check_mask(mask: PairMask, where: str, x: Tensor, n: int, m: int) -> None:
@@ -212,6 +229,8 @@ def _check_mask(mask: PairMask, where: str, x: Tensor, n: int, m: int) -> None:
         bound = getattr(mask, name)
         if bound is not None:
             _check(bound, f"{where}.{name}", (n,), False, x)
+    if mask.offset is not None:
+        checks.check_integer(mask.offset, f"{where}.offset")
     if mask.period is not None and (mask.offset is None or mask.period < 1):
         raise ValueError(f"{where}.period: expected a positive number beside an offset, got {mask.period}")
 

@@ -64,7 +64,7 @@ def masked_lse_sum(
 def weighted_sum(lse: Tensor, t: Tensor, weight: Tensor) -> Tensor:
     """sum of weight (lse - t), where lse = -inf with weight 0 counts nothing; NaN is never hidden."""
     empty = (weight == 0) & (lse == -torch.inf)
-    return (weight * torch.where(empty, 0, lse - t)).sum()
+    return (weight * torch.where(empty, 0 * t, lse - t)).sum()
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
@@ -153,7 +153,8 @@ class _MaskedLseSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients, inputs = ctx.saved_tensors[:LEARNED], ctx.saved_tensors[LEARNED:]
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second reading is an error
+        gradients, inputs = saved[:LEARNED], saved[LEARNED:]
         compiling = torch.compiler.is_compiling()
         results: list[Tensor | None] = []
         for gradient, given, wanted in zip(gradients, inputs, ctx.need, strict=True):

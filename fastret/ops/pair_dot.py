@@ -54,8 +54,8 @@ def pair_dot(
         checks.check_rows(y, "y", like=x)
         shared = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(shared), y.to(shared)
+    _check_list(row, "row", x)
     checks.check_labels(column, row, "column")
-    checks.check_labels(row, column, "row")
     row, column = row.to(torch.int64), column.to(torch.int64)
     chosen = registry.resolve("pair_dot", x.device.type, x.dtype, impl)
     if chosen == "reference":
@@ -63,6 +63,14 @@ def pair_dot(
             return reference.pair_dot(x, y, row, column, normalize=normalize)
     scores: Tensor = _PairDot.apply(x, y, row, column, normalize, chosen)
     return scores
+
+
+def _check_list(row: Tensor, name: str, x: Tensor) -> None:
+    if not isinstance(row, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape (P,), got {type(row).__name__}")
+    checks.check_labels(row, row, name)
+    if row.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like the rows, got {row.device}")
 
 
 def _positive_pairs(labels: Tensor, y_labels: Tensor | None) -> tuple[Tensor, Tensor]:

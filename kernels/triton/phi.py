@@ -12,9 +12,9 @@ from fastret.kernels.triton.pairwise import exponential
 
 
 @triton.jit
-def gap_below_zero(z):
-    """-z, at least the resolution of the dtype; and whether that is nearer to 0. NaN stays NaN."""
-    floor: tl.constexpr = 2.0**-52 if z.dtype == tl.float64 else 2.0**-23
+def gap_below_zero(z, ULPS: tl.constexpr):
+    """-z, at least ULPS units in the last place of 1; and whether that is nearer to 0. NaN stays NaN."""
+    floor: tl.constexpr = ULPS * (2.0**-52 if z.dtype == tl.float64 else 2.0**-23)
     near = -z < floor
     return tl.where(near, floor, -z), near
 
@@ -35,7 +35,7 @@ def decay(gap):
 def log1m_exp(z):
     """log(1 - e^z)."""
     TERMS: tl.constexpr = 17 if z.dtype == tl.float64 else 8
-    gap, _ = gap_below_zero(z)
+    gap, _ = gap_below_zero(z, 1)
     e, rest = decay(gap)
     # log((1 - s) / (1 + s)) = -2 (s + s^3 / 3 + s^5 / 5 + ...), which keeps the digits of a small e
     s = e / (2.0 - e)
@@ -54,7 +54,7 @@ def phi_value(NAME: tl.constexpr, z):
     elif NAME == "log1m_exp":
         return log1m_exp(z)
     else:
-        gap, near = gap_below_zero(z)
+        gap, near = gap_below_zero(z, 32)
         root = tl.sqrt(gap)
         if NAME == "distance":
             return tl.where(near, 0.0, root)
@@ -68,7 +68,7 @@ def phi_slope(NAME: tl.constexpr, z):
     if NAME == "hinge":
         return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
     else:
-        gap, near = gap_below_zero(z)
+        gap, near = gap_below_zero(z, 1 if NAME == "log1m_exp" else 32)
         if NAME == "log1m_exp":
             e, rest = decay(gap)
             return -e / rest

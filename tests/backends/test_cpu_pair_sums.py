@@ -50,12 +50,13 @@ def test_phi_over_its_whole_range(isa: str, dtype: torch.dtype, name: str) -> No
     z = torch.cat([-gap, torch.zeros(1, dtype=F64), gap[:50], torch.tensor([-20, -40], dtype=F64)]).to(dtype)
     eps = torch.finfo(dtype).eps
     # in float64 with the floor of the dtype; float64 itself is compared with PyTorch's own functions
-    floored = torch.where(-z.to(F64) < eps, -eps, z.to(F64))
+    floor = phi.resolution(name, dtype)
+    floored = torch.where(-z.to(F64) < floor, -floor, z.to(F64))
     expected = [phi.value(name, floored), phi.slope(name, floored)]
     if name == "hinge":
         expected = [z.clamp_min(0).to(F64), (z > 0).to(F64)]
     elif name != "log1m_exp":
-        coincide = -z < eps
+        coincide = -z < floor
         expected[1] = torch.where(coincide, 0, expected[1])
         if name == "distance":
             expected[0] = torch.where(coincide, 0, expected[0])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from torch.utils.checkpoint import checkpoint
 
 import fastret
 from fastret import functional as F
@@ -282,6 +283,35 @@ def test_bad_values_are_never_hidden(impl: str, name: str, bad: float, reduction
     assert CALLS[name][0](x, Y, impl=impl, reduction=reduction).mean().isnan()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_values_show_where_nothing_is_positive(impl: str, bad: float) -> None:
+    x = X.clone()
+    x[5, 1] = bad
+    assert F.nt_xent(x, torch.arange(8), impl=impl).isnan()
+    assert F.nt_xent(X, torch.arange(8), ref_emb=x, ref_labels=torch.arange(8, 16), impl=impl).isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_activation_checkpointing(impl: str, name: str, reduction: str) -> None:
+    call, _ = CALLS[name]
+    x, y = rows((8, 4), (8, 4))
+    recomputed = checkpoint(lambda a, b: call(a, b, reduction=reduction, impl=impl).sum(), x, y, use_reentrant=False)
+    same(recomputed, call(x, y, reduction=reduction, impl=impl).sum(), [x, y])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["info_nce", "sup_con", "nt_xent", "cqc", "patchmix"])
+def test_half_precision_temperature_is_used_as_given(impl: str, name: str) -> None:
+    """0.07 is 0.0698 in bfloat16; one over that is 14.3125 there, and 14.3218 where logits are computed."""
+    call, _ = CALLS[name]
+    half = torch.tensor(0.07, dtype=torch.bfloat16)
+    loss, expected = (call(X, Y, temperature=tau, impl=impl) for tau in (half, half.float()))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_without_a_graph_break(name: str, reduction: str) -> None:
@@ -295,6 +325,20 @@ def test_compiles_without_a_graph_break(name: str, reduction: str) -> None:
     loss, expected = run(x, y), call(x, y, reduction=reduction, impl="tiled").sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, (x, y)), torch.autograd.grad(expected, (x, y)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("pairs", ["stacked", "cross"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cqc_of_one_image(impl: str, pairs: str, reduction: str) -> None:
+    """Without the positive nothing is left in the denominator."""
+    inputs = rows(*[(1, 4)] * 4)
+    loss = F.cqc(*inputs, pairs=pairs, positive_in_denominator=False, reduction=reduction, impl=impl)
+    assert not loss.any()
+    loss.sum().backward()
+    assert not any(t.grad.any() for t in inputs)
+    bad = F.cqc(inputs[0] * math.nan, *inputs[1:], pairs=pairs, positive_in_denominator=False, impl=impl)
+    assert bad.isnan()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -382,6 +426,18 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "batch: expected at least 2m - 1 = 5.*got 4",
     ),
     "and to origin": (lambda: T("mix-to-origin", 4, 3), ValueError, "collide"),
+    "no m": (lambda: T("mix-to-mix", 8, None), TypeError, "m: expected an integer, got NoneType"),
+    "offset as a float": (lambda: T("origin", 8, 1, offset=1.5), TypeError, "offset: expected an integer, got float"),
+    "no keys": (
+        lambda: F.soft_target_info_nce(X, Y[:0], torch.ones(8, 0)),
+        ValueError,
+        "key: expected at least one row, got none",
+    ),
+    "temperature elsewhere": (
+        lambda: F.info_nce(X, Y, temperature=torch.ones((), device="meta")),
+        ValueError,
+        "temperature: expected device cpu like the rows, got meta",
+    ),
     "m of zero": (lambda: T("origin", 4, 0), ValueError, "m: expected at least 1, got 0"),
     "smoothing": (
         lambda: T("origin", 4, 1, smoothing=2),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastret.ops import Circulant, Dense, Head, Indexed, Listed, PairMask, masked_lse, masked_lse_sum
+from fastret.ops import Circulant, Dense, Head, Indexed, Listed, PairMask, Shifted, masked_lse, masked_lse_sum
 
 X, L = torch.randn(6, 4), torch.arange(6)
 BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -13,6 +13,36 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "another axis": (lambda: masked_lse(X, heads=[Head(axis="both")]), ValueError, r"heads\[0\].axis: .*got 'both'"),
     "width of zero": (lambda: masked_lse(X, heads=[Head(width=0)]), ValueError, "width: expected 1 to 4.*got 0"),
     "width beyond": (lambda: masked_lse(X, heads=[Head(), Head(width=5)]), ValueError, r"heads\[1\].width: .*got 5"),
+    "width as a float": (
+        lambda: masked_lse(X, heads=[Head(width=2.0)]),
+        TypeError,
+        "width: expected an integer",
+    ),
+    "no target": (
+        lambda: masked_lse(X, heads=[Head(target="x")]),
+        TypeError,
+        "target: expected None or .*got str",
+    ),
+    "period of zero": (
+        lambda: masked_lse(X, heads=[Head(target=Shifted(0, 0))]),
+        ValueError,
+        "target.period: expected at least 1, got 0",
+    ),
+    "no period": (
+        lambda: masked_lse(X, heads=[Head(target=Circulant((0,), (1.0,), 0))]),
+        ValueError,
+        "target.period: expected at least 1, got 0",
+    ),
+    "offset of a target": (
+        lambda: masked_lse(X, heads=[Head(target=Shifted(1.5))]),
+        TypeError,
+        "target.offset: expected an integer, got float",
+    ),
+    "offset of a mask": (
+        lambda: masked_lse(X, heads=[Head(mask=PairMask(offset=1.5))]),
+        TypeError,
+        "mask.offset: expected an integer, got float",
+    ),
     "smoothing": (lambda: masked_lse(X, heads=[Head(smoothing=1.5)]), ValueError, "smoothing: .*0 to 1, got 1.5"),
     "scale per row": (lambda: masked_lse(X, heads=[Head(torch.ones(6))]), ValueError, r"scale: expected shape \(\)"),
     "integer scale": (lambda: masked_lse(X, heads=[Head(torch.tensor(1))]), TypeError, "scale: expected a floating"),

@@ -108,6 +108,8 @@ X, P = torch.randn(4, 3), torch.arange(4)
     [
         (lambda: pair_dot(X, None, P, P[:2]), ValueError, r"column: expected shape \(4,\).*got \(2,\)"),
         (lambda: pair_dot(X, None, P.float(), P), TypeError, "row: expected an integer dtype"),
+        (lambda: pair_dot(X, None, [0, 1], P), TypeError, "row: expected an integer tensor.*got list"),
+        (lambda: pair_dot(X, None, P.to("meta"), P.to("meta")), ValueError, "row: expected device cpu.*got meta"),
         (lambda: pair_dot(X, None, P + 1, P), ValueError, "row: expected numbers from 0 to 3, got 4"),
         (lambda: pair_dot(X, X[:2], P, P), ValueError, "column: expected numbers from 0 to 1, got 2"),
         (lambda: pair_dot(X, X[:, :2], P, P), ValueError, "y: expected 3 columns"),

@@ -170,7 +170,7 @@ def test_floors(impl: str, dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     x = torch.eye(3, dtype=dtype)[[0, 0, 1]].requires_grad_()
     half = {"scale": 2.0, "mask": PairMask(offset=0), "row_stat": torch.full((3,), 2.0), "normalize": False}
-    for phi, near, far in (("distance", 0.0, 2**0.5), ("inverse_distance", eps**-0.5, 2**-0.5)):
+    for phi, near, far in (("distance", 0.0, 2**0.5), ("inverse_distance", (32 * eps) ** -0.5, 2**-0.5)):
         sums = pair_sums(x, phi=phi, impl=impl, **half)
         expected = torch.tensor([near + far, near + far, 2 * far], dtype=dtype)
         torch.testing.assert_close(sums, expected)
@@ -178,12 +178,24 @@ def test_floors(impl: str, dtype: torch.dtype) -> None:
         assert gradient.isfinite().all()
         torch.testing.assert_close(gradient[0], gradient[1])  # nothing from the pair without a direction
     ones = torch.ones(1, 1, dtype=dtype, requires_grad=True)
-    for above in (0.0, 0.5, -eps / 4):
+    for above in (0.0, 0.5, 2.0, 59.0, -eps / 4):
         sums = pair_sums(ones, phi="log1m_exp", row_stat=1 - torch.full((1,), above, dtype=dtype), impl=impl)
         torch.testing.assert_close(sums.item(), math.log(-math.expm1(-eps)), rtol=1e-6, atol=0)
         stat = torch.full((1,), 1 - above, dtype=dtype, requires_grad=True)
         (gradient,) = torch.autograd.grad(pair_sums(ones, phi="log1m_exp", row_stat=stat, impl=impl).sum(), stat)
         torch.testing.assert_close(gradient.item(), 1 / math.expm1(eps), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+@pytest.mark.parametrize("phi", ["distance", "inverse_distance"])
+@pytest.mark.parametrize("d", [2, 16, 128, 1000])
+def test_equal_rows_have_no_direction(impl: str, phi: str, d: int) -> None:
+    """Cosines of equal rows come out as 1 to a few units in the last place: no slope is made of those."""
+    x = torch.randn(40, d).repeat_interleave(2, 0).requires_grad_()
+    image = torch.arange(80) // 2
+    mask = PairMask(same=(image, image), offset=0)
+    sums = pair_sums(x, phi=phi, scale=2.0, row_stat=torch.full((80,), 2.0), mask=mask, impl=impl)
+    assert not torch.autograd.grad(sums.sum(), x)[0].any()
 
 
 @pytest.mark.parametrize("impl", ["reference", *FUSED])

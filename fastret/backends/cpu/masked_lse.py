@@ -2,6 +2,7 @@
 from. All heads share a product of rows, of which narrower feature widths (Matryoshka) see prefix sums; rows whose first
 features are next to nothing have a product a width instead."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from fastret.backends.pairs import (
     Shifted,
     Target,
 )
-from fastret.backends.rows import NORM_EPS, accumulation_dtype, poison
+from fastret.backends.rows import NORM_EPS, accumulation_dtype
 
 _Prefixes = list[tuple[int, Tensor | None]]  # gradients of so many features
 _Parameters = tuple[Tensor | None, Tensor | None, Tensor | None]  # of scale, row bias, column bias
@@ -123,6 +124,15 @@ def _are_even(rows: Tensor, narrow: int, wide: int) -> bool:
     return bool((long / short <= _UNEVEN).all())
 
 
+def _is_finite(x: Tensor, y: Tensor | None) -> bool:
+    return all(_sees_only_numbers(rows) for rows in ((x,) if y is None else (x, y)))
+
+
+def _sees_only_numbers(rows: Tensor) -> bool:
+    """A sum is read at the speed of memory, and finite but where an element is not, or where it overflows."""
+    return math.isfinite(rows.sum()) or bool(rows.isfinite().all())
+
+
 def _width_of(rows: Tensor | None, width: int) -> Tensor | None:
     return None if rows is None else rows_of(rows[:, :width])
 
@@ -141,9 +151,8 @@ def forward(
         outputs = [(array(results[k][0]), array(results[k][1])) for k in share.places]
         problem = (array(rows), _array(others), described, share.levels, normalize, first_column)
         _C.masked_lse_forward(*problem, torch.get_num_threads(), outputs)
-    if not _see_all(shares, x):
-        nothing = poison(x, x if y is None else y)
-        results = [(lse.add_(nothing), t.add_(nothing)) for lse, t in results]
+    if not _is_finite(x, y):  # a masked pair shows nothing
+        results = [(torch.full_like(lse, torch.nan), torch.full_like(t, torch.nan)) for lse, t in results]
     return results
 
 
@@ -216,8 +225,8 @@ def sweep(
     )
     empty = (row_weight == 0) & (lse == -torch.inf)
     value = (row_weight * torch.where(empty, 0, lse - t)).sum()
-    if width < x.shape[1]:
-        value += poison(x, x if y is None else y)
+    if not _is_finite(x, y):
+        value = torch.full_like(value, torch.nan)
     scale, row_bias, column_bias = ([p] for p in parameters)
     dx, dy = _summed(x, [(width, dx)], dtype), _summed(y, [(width, dy)], dtype)
     return value, Gradients(dx, dy, scale, row_bias, column_bias)
