@@ -76,9 +76,9 @@ class Implementation:
             return reason
         for owner in (importlib.import_module(f"fastret.backends.{self.name}"), self.module(call.op)):
             check = getattr(owner, "unsupported", None)
-            reason = check(call) if check else None
-            if reason is not None:
-                return reason
+            refusal: str | None = check(call) if check else None
+            if refusal is not None:
+                return refusal
         return None
 
 
