@@ -1,8 +1,9 @@
 """Which implementation serves an op: an explicit choice that cannot serve raises and says why, "auto" falls back.
 
 An implementation is a folder of this package with one module per op (``backends/cpu/rank_sums.py``), imported when
-first used. The module's optional ``unsupported(call) -> str | None`` says why it cannot serve a call. The choice is, in
-this order: the ``impl`` argument, ``with fastret.backend(...)``, the environment variable ``FASTRET_IMPL``, "auto".
+first used. Its, and the module's, optional ``unsupported(call) -> str | None`` says why it cannot serve a call. The
+choice is, in this order: the ``impl`` argument, ``with fastret.backend(...)``, the environment variable
+``FASTRET_IMPL``, "auto".
 """
 
 import contextlib
@@ -73,8 +74,12 @@ class Implementation:
             return f"{self.name} takes {', '.join(map(str, self.dtypes))}, not {call.dtype}"
         if (reason := self.missing()) is not None:
             return reason
-        check = getattr(self.module(call.op), "unsupported", None)
-        return check(call) if check else None
+        for owner in (importlib.import_module(f"fastret.backends.{self.name}"), self.module(call.op)):
+            check = getattr(owner, "unsupported", None)
+            refusal: str | None = check(call) if check else None
+            if refusal is not None:
+                return refusal
+        return None
 
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

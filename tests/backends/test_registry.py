@@ -63,6 +63,15 @@ def test_explicit_choice_that_cannot_serve() -> None:
     )
 
 
+def test_compiled_triton_kernels_take_no_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="compiled Triton kernels run on cuda, not on cpu"):
+        chosen(impl="triton")
+    assert chosen("cuda") == "triton"
+    assert chosen() == "cpu"
+
+
 def test_context_reaches_the_loss_and_its_backward() -> None:
     x = X.clone().requires_grad_()
     with fastret.backend("tiled"):

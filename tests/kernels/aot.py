@@ -1,16 +1,20 @@
 """Compiles every kernel, in every configuration, for GPUs that need not be there; fails on register spills.
 
-Run in a process without TRITON_INTERPRET: ``python tests/kernels/aot.py [fp32 bf16 fp16 fp64]``. Prints a table:
-registers, bytes of stack (a spill: CUDA kernels have no other use for it; spilled VGPRs on AMD) and of shared memory.
+Run in a process without TRITON_INTERPRET: ``python tests/kernels/aot.py [--all] [fp32 bf16 fp16 fp64]``. The test suite
+leaves out variants that differ little from one that it compiles; --all has them too. Prints a table: registers, bytes
+of stack (a spill: CUDA kernels have no other use for it; spilled VGPRs on AMD) and of shared memory.
 A broken AMD binary comes back without an exception: callers must also look for "error:" on standard error.
 """
 
 import functools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastret.kernels.triton import config, masked_lse, pair_dot, pairs, rank_sums
+from fastret.kernels.triton import config, masked_lse, pair_dot, pairs, rank_sums, row_extrema
 
 Choices = Callable[[str], tuple[config.Options, ...]]
 
@@ -35,7 +39,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 # Kernel arguments by type, where a variant does not say: the rest point to numbers in the dtype of accumulation.
 IN_ROW_DTYPE = ("x", "y", "u", "v")
-INT64 = ("start", "size", "first", "row", "column", "partner")
+INT64 = ("start", "size", "first", "row", "column", "partner", "index")
 INT32 = ("n", "m", "width", "pairs", "first_column")
 
 
@@ -46,22 +50,25 @@ class Variant(NamedTuple):
         name: what tells it from others of the kernel.
         arguments: of the rest those, as types in any nesting of tuples, that their names do not tell. What is no string
             there is a constant, as it is at a launch: None or a tl.constexpr.
+        rare: compiled with --all only.
     """
 
     kernel: Any
     options: dict[str, int]
     name: str = ""
     arguments: Mapping[str, Any] = {}
+    rare: bool = False
 
     def __str__(self) -> str:
         constants = " ".join(f"{name}={int(value)}" for name, value in self.options.items() if name.isupper())
         return " ".join(filter(None, (self.kernel.__name__, self.name, constants)))
 
 
-def variants(architecture: str, dtype: str) -> Iterator[Variant]:
+def variants(architecture: str, dtype: str, thorough: bool) -> list[Variant]:
     """All that a call with rows of this dtype may launch, as far as it takes registers of its own."""
-    for of_op in (rank_sums_variants, masked_lse_variants, pair_dot_variants):
-        yield from of_op(functools.partial(config.choices, architecture=architecture, itemsize=ITEMSIZE[dtype]), dtype)
+    choices = functools.partial(config.choices, architecture=architecture, itemsize=ITEMSIZE[dtype])
+    of_ops = (rank_sums_variants, masked_lse_variants, pair_sums_variants, row_extrema_variants, pair_dot_variants)
+    return [variant for of_op in of_ops for variant in of_op(choices, dtype) if thorough or not variant.rare]
 
 
 def accumulated(dtype: str) -> str:
@@ -91,10 +98,34 @@ def head(
     return pairs.Head(real, extra, extra, mask, target, extra, extra, *constants, real, real, real)
 
 
+def backwards(
+    name: str,
+    options: Mapping[str, int],
+    heads: tuple[pairs.Head, ...],
+    sides: Sequence[str],
+    rare: Sequence[str] = (),
+    **unwanted: None,
+) -> Iterator[Variant]:
+    """The gradient kernel on each of the sides: "rows", "columns", "both"; on the rare ones too."""
+    for side in (*sides, *rare):
+        rows, columns = side != "columns", side != "rows"
+        launch = {"ROWS": rows, "COLUMNS": columns, "TRANSPOSED": not rows, "HEADS": len(heads), "SLOTS": len(heads)}
+        given = {"heads": heads, **unwanted}
+        yield Variant(masked_lse.masked_lse_gradient_kernel, {**options, **launch}, name, given, side in rare)
+
+
 def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
-    """InfoNCE on either side, SupCon on both at once, and all that two heads can have."""
+    """One head and two, over rows and over columns, on either side and on both at once; and all that two can have."""
     real, labels = accumulated(dtype), ("*i64", "*i64")
-    forward, backward = masked_lse.masked_lse_kernel, masked_lse.masked_lse_gradient_kernel
+    forward, biases = masked_lse.masked_lse_kernel, {"row_sums": None, "column_sums": None}
+    shifted = pairs.Target(shifts=("i32",))
+    clip = tuple(head(real, axis, pairs.Mask(), shifted) for axis in ("row", "column"))
+    negatives = head(real, "row", pairs.Mask(different=labels), pairs.Target())
+    multi_similarity = head(real, "row", pairs.Mask(same=labels, offset="i32"), pairs.Target()), negatives
+    proxy_anchor = tuple(
+        head(real, "column", mask, pairs.Target()) for mask in (pairs.Mask(same=labels), pairs.Mask(different=labels))
+    )
+    multi_label = head(real, "row", pairs.Mask(), pairs.Target(offsets="*i64", entries=("*i64", real)))
     info_nce = head(real, "row", pairs.Mask(), pairs.Target(index="*i64"))
     positives = pairs.Target(mask=pairs.Mask(same=labels, offset="i32"), weight=real)
     sup_con = head(real, "row", pairs.Mask(offset="i32"), positives)
@@ -102,21 +133,47 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     everything = head(real, "column", every, pairs.Target(mask=every, weight=real), real)
     for options in choices("lse"):
         yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE", {"head": info_nce})
+        yield Variant(forward, {**options, "TRANSPOSED": True}, "ProxyAnchor", {"head": proxy_anchor[0]})
+        yield Variant(forward, {**options, "TRANSPOSED": False}, "multi-label", {"head": multi_label}, rare=True)
     for options in choices("lse gradient"):
-        launch = {**options, "HEADS": 1, "SLOTS": 1}
-        for rows in (True, False):
-            unwanted: dict[str, Any] = {"row_sums": None, "column_sums": None, "heads": (info_nce,)}
-            yield Variant(
-                backward, {**launch, "ROWS": rows, "COLUMNS": not rows, "TRANSPOSED": not rows}, "InfoNCE", unwanted
-            )
-        yield Variant(
-            backward, {**launch, "ROWS": True, "COLUMNS": True, "TRANSPOSED": False}, "SupCon", {"heads": (sup_con,)}
-        )
+        yield from backwards("InfoNCE", options, (info_nce,), ("rows",), ("columns",), **biases)
+        yield from backwards("SupCon", options, (sup_con,), ("both",))
+        yield from backwards("CLIP", options, clip, ("rows", "columns"), **biases)
+        yield from backwards("MultiSimilarity", options, multi_similarity, (), ("both",), **biases)
+        yield from backwards("ProxyAnchor", options, proxy_anchor, ("columns",), ("rows",), **biases)
+        yield from backwards("multi-label", options, (multi_label,), ("rows",), ("columns",), **biases)
     for options in choices("lse heavy"):
-        without = {name: value for name, value in options.items() if name != "SLICE"}
-        yield Variant(forward, {**without, "TRANSPOSED": True}, "everything", {"head": everything})
-        launch = {**options, "ROWS": False, "COLUMNS": True, "TRANSPOSED": True, "HEADS": 2, "SLOTS": 2}
-        yield Variant(backward, launch, "everything", {"heads": (everything, everything), "row_sums": None})
+        yield Variant(forward, {**tile(options), "TRANSPOSED": True}, "everything", {"head": everything})
+        yield from backwards("everything", options, (everything, everything), ("columns",), row_sums=None)
+
+
+def tile(options: Mapping[str, int]) -> dict[str, int]:
+    """What a kernel without a gradient takes."""
+    return {name: value for name, value in options.items() if name != "SLICE"}
+
+
+def pair_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """The longest phi with a row's statistic, and the distance with all that a head may have in the larger tiles."""
+    real, labels = accumulated(dtype), ("*i64", "*i64")
+    spreading = head(real, "row", pairs.Mask(distinct=labels), pairs.Target(), reduce="log1m_exp")
+    spreading = spreading._replace(row_bias=real)
+    centroids = head(real, "row", pairs.Mask(different=labels), pairs.Target(index="*i64"), reduce="distance")
+    centroids = centroids._replace(row_bias=real, column_bias=real)
+    named = {"InvariantSpreading": spreading, "CentroidTriplet": centroids}
+    for options in choices("lse"):
+        for name, one in named.items():
+            yield Variant(masked_lse.masked_lse_kernel, {**options, "TRANSPOSED": False}, name, {"head": one})
+    for options in choices("lse gradient"):
+        yield from backwards("InvariantSpreading", options, (spreading,), (), ("rows", "columns"))
+        yield from backwards("CentroidTriplet", options, (centroids,), ("columns",), ("rows",))
+
+
+def row_extrema_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """Under every condition at once."""
+    labels, real = ("*i64", "*i64"), accumulated(dtype)
+    every = pairs.Mask(labels, labels, labels, "i32", "i32", real, real)
+    for options in choices("lse heavy"):
+        yield Variant(row_extrema.row_extrema_kernel, {**tile(options), "GREATEST": False}, "", {"mask": every})
 
 
 def pair_dot_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
@@ -172,22 +229,35 @@ def resources(kernel: Any) -> tuple[int, int]:
     return registers, spilled
 
 
-def main(dtypes: list[str]) -> int:
-    """The number of kernels that spill or ask for too much shared memory."""
+def compiled_line(dtype: str, architecture: str, thorough: bool, k: int) -> tuple[bool, str]:
+    """Whether the k-th variant spills or asks for too much shared memory, and its line of the table."""
+    variant = variants(architecture, dtype, thorough)[k]
+    kernel = compiled(variant, dtype, TARGETS[architecture])
+    registers, spilled = resources(kernel)
+    shared = kernel.metadata.shared
+    bad = spilled > 0 or shared > SHARED[architecture] << 10
+    verdict = "FAILED" if bad else "ok"
+    return bad, f"{architecture:7}{dtype:5}{registers:8}{spilled:8}{shared:7}  {verdict} {variant}"
+
+
+def main(arguments: list[str]) -> int:
+    """The number of kernels that fail."""
+    thorough, dtypes = "--all" in arguments, [a for a in arguments if a != "--all"] or ["fp32", "bf16"]
+    jobs = [
+        (dtype, architecture, thorough, k)
+        for dtype in dtypes
+        for architecture in TARGETS
+        for k in range(len(variants(architecture, dtype, thorough)))
+    ]
     failures = 0
     print(f"triton {triton.__version__}\n{'':11}registers spilled shared")
-    for dtype in dtypes:
-        for architecture, target in TARGETS.items():
-            for variant in variants(architecture, dtype):
-                kernel = compiled(variant, dtype, target)
-                registers, spilled = resources(kernel)
-                shared = kernel.metadata.shared
-                bad = spilled > 0 or shared > SHARED[architecture] << 10
-                failures += bad
-                verdict = "FAILED" if bad else "ok"
-                print(f"{architecture:7}{dtype:5}{registers:8}{spilled:8}{shared:7}  {verdict} {variant}", flush=True)
+    # spawned, not forked: a compiler's threads do not survive a fork
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        for bad, line in pool.map(compiled_line, *zip(*jobs, strict=True)):
+            failures += bad
+            print(line, flush=True)
     return failures
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["fp32", "bf16"]))
+    sys.exit(main(sys.argv[1:]))

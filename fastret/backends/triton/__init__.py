@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from fastret.backends.registry import Call
+
 
 def interpreted() -> bool:
     """Whether Triton was told to interpret kernels, before it was imported."""
@@ -17,4 +19,11 @@ def missing() -> str | None:
         return "triton is not installed"
     if not torch.cuda.is_available() and not interpreted():
         return "no CUDA device (TRITON_INTERPRET=1 interprets the kernels, slowly)"
+    return None
+
+
+def unsupported(call: Call) -> str | None:
+    """Why no kernel can serve tensors of this device, or None."""
+    if call.device == "cpu" and not interpreted():
+        return "compiled Triton kernels run on cuda, not on cpu"
     return None
