@@ -9,6 +9,7 @@ MaskTuple = tuple[_Relation, _Relation, _Relation, int | None, int, ArrayTuple |
 TargetTuple = tuple[
     int,
     ArrayTuple | None,
+    ArrayTuple | None,
     list[int],
     list[float],
     int,

@@ -152,7 +152,7 @@ template <class T> class MaskedLse {
   void add_targets(const LseHeadWork& h, const Span& at, const T* scores, const ThreadSpace<T>& space) const {
     T* t = static_cast<T*>(h.t);
     const bool column = h.head->column;
-    visit_targets(h.head->target, at, [&](int64_t j, double weight) {
+    visit_targets<T>(h.head->target, at, [&](int64_t j, double weight) {
       t[column ? at.col + j : at.i] += T(weight) * space.logits[j];
     });
     if (!is_dense(h.head->target)) return;
@@ -308,7 +308,7 @@ template <class T> class MaskedLse {
       for (int64_t j = 0; j < at.cols; j += lanes<T>)
         store<T>(weights + j, exp_or_zero<T>(load<T>(weights + j) - *lse) * *grad);
     }
-    visit_targets(h.head->target, at,
+    visit_targets<T>(h.head->target, at,
                   [&](int64_t j, double weight) { weights[j] += T(weight) * grad_t[column ? j : 0]; });
     if (!is_dense(h.head->target)) return;
     dense_targets(h.head->target, at, scores, targets);

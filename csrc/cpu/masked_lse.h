@@ -21,14 +21,15 @@ struct PairMask {
 
 // Y_ij = factor * (what the kind says) + uniform
 struct PairTarget {
-  enum class Kind : int { none = 0, indexed = 1, shifted = 2, masked = 3, dense = 4 };
+  enum class Kind : int { none = 0, indexed = 1, shifted = 2, masked = 3, dense = 4, listed = 5 };
   Kind kind = Kind::none;
-  Array index;                      // indexed: int64 (1, N), global column numbers
+  Array index;                      // global column numbers, int64; indexed: (1, N); listed: (1, P)
+  Array offsets;                    // listed: int64 (1, N + 1): where a row's entries begin; they ascend by index
   std::vector<int64_t> shifts;      // shifted: column = base + (row + shift, modulo the period unless that is 0)
   std::vector<double> weights;      // one per shift
   int64_t base = 0, period = 0;
   PairMask mask;                    // masked
-  Array weight;                     // masked: (1, N)
+  Array weight;                     // masked: (1, N); listed: (1, P)
   Array dense;                      // dense: (N, M)
   double factor = 1, uniform = 0;
 };

@@ -35,13 +35,31 @@ void check_mask(const PairMask& mask, const std::string& name, int64_t n, int64_
   require(mask.period >= 0, (name + ".period").c_str(), "must not be negative");
 }
 
+// Offsets are read before an index is, and say where: their values are checked as sizes are. An index is only compared
+// with the columns of a tile.
+void check_list(const PairTarget& t, const std::string& name, int64_t n, DType real) {
+  const int64_t entries = t.index.cols;
+  check(t.offsets, (name + ".offsets").c_str(), 1, n + 1, DType::i64);
+  check(t.index, (name + ".index").c_str(), 1, entries, DType::i64);
+  check(t.weight, (name + ".weight").c_str(), 1, entries, real);
+  const int64_t *offsets = t.offsets.as<int64_t>(), *index = t.index.as<int64_t>();
+  require(offsets[0] == 0 && offsets[n] == entries && std::is_sorted(offsets, offsets + n + 1),
+          (name + ".offsets").c_str(), "expected numbers that rise from 0 to " + std::to_string(entries));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t *first = index + offsets[i], *end = index + offsets[i + 1];
+    require(first == end || (*first >= 0 && std::is_sorted(first, end)), (name + ".index").c_str(),
+            "expected column numbers that ascend within a row");
+  }
+}
+
 void check_target(const PairTarget& t, const std::string& name, int64_t n, int64_t m, DType real) {
   using Kind = PairTarget::Kind;
-  require(t.kind >= Kind::none && t.kind <= Kind::dense, name.c_str(), "unknown kind");
+  require(t.kind >= Kind::none && t.kind <= Kind::listed, name.c_str(), "unknown kind");
   require(t.shifts.size() == t.weights.size(), name.c_str(), "needs one weight a shift");
   require(t.period >= 0, (name + ".period").c_str(), "must not be negative");
   if (t.kind == Kind::indexed) check(t.index, (name + ".index").c_str(), 1, n, DType::i64);
   if (t.kind == Kind::dense) check(t.dense, (name + ".weights").c_str(), n, m, real);
+  if (t.kind == Kind::listed) check_list(t, name, n, real);
   if (t.kind != Kind::masked) return;
   check_mask(t.mask, name + ".mask", n, m, real);
   check(t.weight, (name + ".weight").c_str(), 1, n, real);
