@@ -127,7 +127,9 @@ struct MaskedLseWork {
   const LseLevelWork* levels = nullptr;
   int64_t level_count = 0;
   int64_t tiles = 0;  // of a thread's workspace
-  bool pack_x = true, pack_y = true;  // false: rows are used where they lie; y null: packed a block at a time
+  bool pack_x = true, pack_y = true;  // false: rows are used where they lie
+  int64_t window = 0;  // so many columns at a time: y, y_norm, and dy unless it is the output, have room for those rows
+                       // only. sweep, y null: packed a block at a time
   void *x = nullptr, *y = nullptr, *x_norm = nullptr, *y_norm = nullptr;
   void *dx = nullptr, *dy = nullptr;  // gradients of the packed rows; dy = dx where symmetric
   const void* weight = nullptr;       // sweep: (N)

@@ -178,6 +178,9 @@ PYBIND11_MODULE(_C, m) {
     const Plan p = plan(n, m, symmetric, threads);
     return std::pair{p.row_block, p.col_block};
   });
+  m.def("window", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads) {
+    return window(m, d, item_bytes, plan(n, m, false, threads), threads);
+  });
   m.def("tournament", [](int64_t blocks) {
     std::vector<std::vector<std::pair<int64_t, int64_t>>> rounds;
     const Tournament t(blocks);

@@ -133,10 +133,11 @@ void deliver_rows(const Array& out, T* du, const T* u, const T* norms, bool norm
   for (int64_t p = begin; p < end; ++p) {
     T* row = du + p * d;
     if (normalize) project_row(row, u + p * d, norms[p], d);
-    if (du != out.data)
-      with_type<T>(out, [&](auto* data) {
-        for (int64_t k = 0; k < d; ++k) narrow(row[k], data[p * out.stride + k]);
-      });
+    with_type<T>(out, [&](auto* data) {
+      auto* to = data + p * out.stride;
+      if (static_cast<void*>(to) == row) return;
+      for (int64_t k = 0; k < d; ++k) narrow(row[k], to[k]);
+    });
   }
 }
 
