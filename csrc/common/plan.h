@@ -26,6 +26,14 @@ inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads) {
   return {block(n, t == 1 ? 1 : 2 * t), block(m, t == 1 ? 1 : 2 * t)};
 }
 
+// Columns whose rows are packed at a time where all of them would be a copy of a parameter: whole blocks, as many as
+// there are threads at least, since threads of a round work on blocks of their own.
+inline int64_t window(int64_t m, int64_t d, int64_t item_bytes, const Plan& plan, int threads) {
+  constexpr int64_t kBytes = 1 << 20;
+  const int64_t blocks = kBytes / (plan.col_block * std::max<int64_t>(1, d) * item_bytes);
+  return std::min(m, std::max<int64_t>(blocks, threads) * plan.col_block);
+}
+
 // A sweep by columns: blocks of rows, cut by blocks of columns that threads own.
 struct SweepPlan {
   int64_t rows = 0, col_block = 0;

@@ -20,12 +20,13 @@ FASTRET_ISA_BEGIN
 // Norm of the first `width` features of the row x = norm * u; above eps, x's own norm is its divisor.
 template <class T> T prefix_norm(const T* u, T norm, int64_t width) { return norm_of(u, width) * norm; }
 
-// By all threads of a parallel region, after the rows are packed.
+// By all threads of a parallel region, after rows [begin, end) are packed.
 template <class T>
-void level_factors(const T* rows, const T* norms, int64_t n, int64_t d, int64_t width, const LseLevelWork::Side& side) {
+void level_factors(const T* rows, const T* norms, int64_t begin, int64_t end, int64_t d, int64_t width,
+                   const LseLevelWork::Side& side) {
   if (!side.factor) return;
 #pragma omp for schedule(static)
-  for (int64_t p = 0; p < n; ++p)
+  for (int64_t p = begin; p < end; ++p)
     static_cast<T*>(side.factor)[p] = norms[p] / std::max(prefix_norm(rows + p * d, norms[p], width), T(kNormEps));
 }
 

@@ -50,28 +50,35 @@ template <class T> class MaskedLse {
     {
       const SerialBlas serial;
       const ThreadSpace<T> space(w_, thread_number());
-      poison += pack();
-      for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) {
-        for (int64_t k = 0; k < w_.level_count; ++k) {
-          T* scores = score_tile(t, k, space);
-          for_sides(t, k, scores, space, [&](const Side& side) { reduce_side(side, space); });
-        }
+      poison += pack_x();
+      for_windows([&](const Columns& c) {
+        poison += pack_y(c);
+        for_tiles_of(c, [&](const Tile& t) {
+          for (int64_t k = 0; k < w_.level_count; ++k) {
+            T* scores = score_tile(t, c, k, space);
+            for_sides(t, k, scores, space, [&](const Side& side) { reduce_side(side, space); });
+          }
+        });
       });
     }
     for (int64_t k = 0; k < w_.head_count; ++k) finish(w_.heads[k], poison);
   }
 
-  void backward(const Array& dx, const Array& dy) {
+  void backward(const Array& dx_out, const Array& dy_out) {
 #pragma omp parallel num_threads(p_.threads)
     {
       const SerialBlas serial;
       const ThreadSpace<T> space(w_, thread_number());
-      pack();
+      pack_x();
       clear(dx_, n_ * d_);
-      if (!p_.symmetric) clear(dy_, m_ * d_);
-      for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) { gradient_tile(t, space); });
-      deliver(dx, dx_, x_, static_cast<T*>(w_.x_norm), &LseLevelWork::x);
-      if (!p_.symmetric) deliver(dy, dy_, y_, static_cast<T*>(w_.y_norm), &LseLevelWork::y);
+      for_windows([&](const Columns& c) {
+        pack_y(c);
+        T* dy = dy_ && dy_ != dy_out.data ? dy_ - c.begin * d_ : dy_;
+        if (dy && !p_.symmetric) clear(dy + c.begin * d_, (c.end - c.begin) * d_);
+        for_tiles_of(c, [&](const Tile& t) { gradient_tile(t, c, dy, space); });
+        if (!p_.symmetric) deliver(dy_out, dy, c.y, c.norms, c.begin, c.end, &LseLevelWork::y);
+      });
+      deliver(dx_out, dx_, x_, static_cast<T*>(w_.x_norm), 0, n_, &LseLevelWork::x);
     }
   }
 
@@ -85,14 +92,40 @@ template <class T> class MaskedLse {
     T* at(int64_t r) const { return scores + r * stride; }
   };
 
-  T pack() {
-    T poison = place_rows(p_.x, w_.pack_x, p_.normalize, nullptr, x_, static_cast<T*>(w_.x_norm));
-    if (!p_.symmetric) poison += place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, y_, static_cast<T*>(w_.y_norm));
-    for (int64_t k = 0; k < w_.level_count; ++k) {
-      const LseLevelWork& level = w_.levels[k];
-      level_factors(x_, static_cast<T*>(w_.x_norm), n_, d_, level.end, level.x);
-      if (!p_.symmetric) level_factors(y_, static_cast<T*>(w_.y_norm), m_, d_, level.end, level.y);
-    }
+  // Columns [begin, end), whose rows of y are packed at a time. Pointers count from the first of all columns.
+  struct Columns {
+    int64_t begin, end;
+    T *y, *norms;
+  };
+
+  // Windows end where blocks of columns do: tiles, and so scores, are the same whatever the window.
+  template <class Visit> void for_windows(Visit visit) const {
+    T* norms = static_cast<T*>(w_.y_norm);
+    for (int64_t begin = 0; begin < m_; begin += w_.window)
+      visit(Columns{begin, std::min(m_, begin + w_.window), y_ - begin * d_, norms ? norms - begin : nullptr});
+  }
+
+  template <class Visit> void for_tiles_of(const Columns& c, Visit visit) const {
+    for_tiles(n_, c.end - c.begin, w_.plan, p_.symmetric, [&](Tile t) {
+      t.col += c.begin;
+      t.col_end += c.begin;
+      visit(t);
+    });
+  }
+
+  T pack_x() const {
+    T* norms = static_cast<T*>(w_.x_norm);
+    const T poison = place_rows(p_.x, w_.pack_x, p_.normalize, nullptr, x_, norms);
+    for (int64_t k = 0; k < w_.level_count; ++k)
+      level_factors(x_, norms, 0, n_, d_, w_.levels[k].end, w_.levels[k].x);
+    return poison;
+  }
+
+  T pack_y(const Columns& c) const {
+    if (p_.symmetric) return 0;
+    const T poison = place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, c.begin, c.end, c.y, c.norms);
+    for (int64_t k = 0; k < w_.level_count; ++k)
+      level_factors(c.y, c.norms, c.begin, c.end, d_, w_.levels[k].end, w_.levels[k].y);
     return poison;
   }
 
@@ -101,12 +134,12 @@ template <class T> class MaskedLse {
   }
 
   // Scores of a level: its features join the product of those before it. Rows are padded by zeros.
-  T* score_tile(const Tile& t, int64_t k, const ThreadSpace<T>& space) const {
+  T* score_tile(const Tile& t, const Columns& c, int64_t k, const ThreadSpace<T>& space) const {
     const LseLevelWork& level = w_.levels[k];
     const int64_t begin = level.begin, stride = w_.plan.col_block;
     T* scores = level_tile(k, space);
     gemm(Op::none, Op::transpose, t.rows(), t.cols(), level.end - begin, x_ + t.row * d_ + begin, d_,
-         y_ + t.col * d_ + begin, d_, k > 0, space.tile, stride, space.gemm);
+         c.y + t.col * d_ + begin, d_, k > 0, space.tile, stride, space.gemm);
     pad(space.tile, stride, t.rows(), t.cols());
     if (scores != space.tile) scale_products(t, level, space.tile, stride, scores);
     if (!t.two_sided) return scores;
@@ -152,7 +185,7 @@ template <class T> class MaskedLse {
   void add_targets(const LseHeadWork& h, const Span& at, const T* scores, const ThreadSpace<T>& space) const {
     T* t = static_cast<T*>(h.t);
     const bool column = h.head->column;
-    visit_targets(h.head->target, at, [&](int64_t j, double weight) {
+    visit_targets<T>(h.head->target, at, [&](int64_t j, double weight) {
       t[column ? at.col + j : at.i] += T(weight) * space.logits[j];
     });
     if (!is_dense(h.head->target)) return;
@@ -246,10 +279,10 @@ template <class T> class MaskedLse {
     }
   }
 
-  void gradient_tile(const Tile& t, const ThreadSpace<T>& space) const {
+  void gradient_tile(const Tile& t, const Columns& c, T* dy, const ThreadSpace<T>& space) const {
     const int64_t stride = w_.plan.col_block, last = w_.level_count - 1;
     for (int64_t k = 0; k <= last; ++k) {
-      T* scores = score_tile(t, k, space);
+      T* scores = score_tile(t, c, k, space);
       for_sides(t, k, scores, space, [&](const Side& side) {
         for (int64_t r = 0; r < side.rows; ++r)
           weigh_row(side.level, side.span(r, p_.first_column), side.at(r), space);
@@ -262,11 +295,11 @@ template <class T> class MaskedLse {
       T* slopes = level_tile(k, space);
       if (k < last) add_slopes(t, level_tile(k + 1, space), stride, slopes);
       if (dx_)
-        gemm(Op::none, Op::none, t.rows(), width, t.cols(), slopes, stride, y_ + t.col * d_ + begin, d_, true,
+        gemm(Op::none, Op::none, t.rows(), width, t.cols(), slopes, stride, c.y + t.col * d_ + begin, d_, true,
              dx_ + t.row * d_ + begin, d_, space.gemm);
-      if (dy_)
+      if (dy)
         gemm(Op::transpose, Op::none, t.cols(), width, t.rows(), slopes, stride, x_ + t.row * d_ + begin, d_, true,
-             dy_ + t.col * d_ + begin, d_, space.gemm);
+             dy + t.col * d_ + begin, d_, space.gemm);
     }
   }
 
@@ -308,7 +341,7 @@ template <class T> class MaskedLse {
       for (int64_t j = 0; j < at.cols; j += lanes<T>)
         store<T>(weights + j, exp_or_zero<T>(load<T>(weights + j) - *lse) * *grad);
     }
-    visit_targets(h.head->target, at,
+    visit_targets<T>(h.head->target, at,
                   [&](int64_t j, double weight) { weights[j] += T(weight) * grad_t[column ? j : 0]; });
     if (!is_dense(h.head->target)) return;
     dense_targets(h.head->target, at, scores, targets);
@@ -335,11 +368,12 @@ template <class T> class MaskedLse {
     }
   }
 
-  void deliver(const Array& out, T* du, const T* u, const T* norms, LseLevelWork::Side LseLevelWork::*side) const {
+  void deliver(const Array& out, T* du, const T* u, const T* norms, int64_t begin, int64_t end,
+               LseLevelWork::Side LseLevelWork::*side) const {
     if (!du) return;
     const bool by_prefix = p_.normalize && w_.level_count > 1;
 #pragma omp for schedule(static)
-    for (int64_t p = 0; p < out.rows; ++p) {
+    for (int64_t p = begin; p < end; ++p) {
       if (by_prefix) project_prefixes(du + p * d_, u + p * d_, norms[p], p, w_.levels, w_.level_count, side);
       deliver_rows(out, du, u, norms, p_.normalize && !by_prefix, p, p + 1);
     }

@@ -21,14 +21,15 @@ struct PairMask {
 
 // Y_ij = factor * (what the kind says) + uniform
 struct PairTarget {
-  enum class Kind : int { none = 0, indexed = 1, shifted = 2, masked = 3, dense = 4 };
+  enum class Kind : int { none = 0, indexed = 1, shifted = 2, masked = 3, dense = 4, listed = 5 };
   Kind kind = Kind::none;
-  Array index;                      // indexed: int64 (1, N), global column numbers
+  Array index;                      // global column numbers, int64; indexed: (1, N); listed: (1, P)
+  Array offsets;                    // listed: int64 (1, N + 1): where a row's entries begin; they ascend by index
   std::vector<int64_t> shifts;      // shifted: column = base + (row + shift, modulo the period unless that is 0)
   std::vector<double> weights;      // one per shift
   int64_t base = 0, period = 0;
   PairMask mask;                    // masked
-  Array weight;                     // masked: (1, N)
+  Array weight;                     // masked: (1, N); listed: (1, P)
   Array dense;                      // dense: (N, M)
   double factor = 1, uniform = 0;
 };
@@ -126,7 +127,9 @@ struct MaskedLseWork {
   const LseLevelWork* levels = nullptr;
   int64_t level_count = 0;
   int64_t tiles = 0;  // of a thread's workspace
-  bool pack_x = true, pack_y = true;  // false: rows are used where they lie; y null: packed a block at a time
+  bool pack_x = true, pack_y = true;  // false: rows are used where they lie
+  int64_t window = 0;  // so many columns at a time: y, y_norm, and dy unless it is the output, have room for those rows
+                       // only. sweep, y null: packed a block at a time
   void *x = nullptr, *y = nullptr, *x_norm = nullptr, *y_norm = nullptr;
   void *dx = nullptr, *dy = nullptr;  // gradients of the packed rows; dy = dx where symmetric
   const void* weight = nullptr;       // sweep: (N)

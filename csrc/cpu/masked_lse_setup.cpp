@@ -35,13 +35,31 @@ void check_mask(const PairMask& mask, const std::string& name, int64_t n, int64_
   require(mask.period >= 0, (name + ".period").c_str(), "must not be negative");
 }
 
+// Offsets are read before an index is, and say where: their values are checked as sizes are. An index is only compared
+// with the columns of a tile.
+void check_list(const PairTarget& t, const std::string& name, int64_t n, DType real) {
+  const int64_t entries = t.index.cols;
+  check(t.offsets, (name + ".offsets").c_str(), 1, n + 1, DType::i64);
+  check(t.index, (name + ".index").c_str(), 1, entries, DType::i64);
+  check(t.weight, (name + ".weight").c_str(), 1, entries, real);
+  const int64_t *offsets = t.offsets.as<int64_t>(), *index = t.index.as<int64_t>();
+  require(offsets[0] == 0 && offsets[n] == entries && std::is_sorted(offsets, offsets + n + 1),
+          (name + ".offsets").c_str(), "expected numbers that rise from 0 to " + std::to_string(entries));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t *first = index + offsets[i], *end = index + offsets[i + 1];
+    require(first == end || (*first >= 0 && std::is_sorted(first, end)), (name + ".index").c_str(),
+            "expected column numbers that ascend within a row");
+  }
+}
+
 void check_target(const PairTarget& t, const std::string& name, int64_t n, int64_t m, DType real) {
   using Kind = PairTarget::Kind;
-  require(t.kind >= Kind::none && t.kind <= Kind::dense, name.c_str(), "unknown kind");
+  require(t.kind >= Kind::none && t.kind <= Kind::listed, name.c_str(), "unknown kind");
   require(t.shifts.size() == t.weights.size(), name.c_str(), "needs one weight a shift");
   require(t.period >= 0, (name + ".period").c_str(), "must not be negative");
   if (t.kind == Kind::indexed) check(t.index, (name + ".index").c_str(), 1, n, DType::i64);
   if (t.kind == Kind::dense) check(t.dense, (name + ".weights").c_str(), n, m, real);
+  if (t.kind == Kind::listed) check_list(t, name, n, real);
   if (t.kind != Kind::masked) return;
   check_mask(t.mask, name + ".mask", n, m, real);
   check(t.weight, (name + ".weight").c_str(), 1, n, real);
@@ -92,13 +110,16 @@ template <class T> struct Setup {
   std::vector<LseLevelWork> levels;
   MaskedLseWork work;
 
-  // stream_y: y is packed block by block, by the threads, and never copied as a whole
-  explicit Setup(const MaskedLseProblem& p, bool stream_y = false)
+  // Many more columns than a batch are parameters, or a memory bank, of which no copy is made: a window of them is
+  // packed at a time; in a sweep by columns, threads pack blocks of their own.
+  explicit Setup(const MaskedLseProblem& p, bool by_columns = false)
       : problem(p), heads(p.heads.size()), work{p, plan(p.x.rows, p.y.rows, p.symmetric, p.threads), {}} {
-    std::tie(work.x, work.x_norm, work.pack_x) = rows_of(p.x);
+    const bool part = packed(p.y) && p.y.rows > 2 * p.x.rows;
+    work.window = part && !by_columns ? window(p.y.rows, p.y.cols, sizeof(T), work.plan, p.threads) : p.y.rows;
+    std::tie(work.x, work.x_norm, work.pack_x) = rows_of(p.x, p.x.rows);
     std::tie(work.y, work.y_norm, work.pack_y) = std::tie(work.x, work.x_norm, work.pack_x);
-    if (!p.symmetric && !(stream_y && packed(p.y))) std::tie(work.y, work.y_norm, work.pack_y) = rows_of(p.y);
-    else if (!p.symmetric) work.y = work.y_norm = nullptr, work.pack_y = true;
+    if (part && by_columns) work.y = work.y_norm = nullptr, work.pack_y = true;
+    else if (!p.symmetric) std::tie(work.y, work.y_norm, work.pack_y) = rows_of(p.y, work.window);
     for (size_t k = 0; k < heads.size(); ++k) {
       heads[k].head = &p.heads[k];
       if (p.heads[k].row_bias.data) heads[k].row_bias = vector(p.x.rows, T(0), p.heads[k].row_bias);
@@ -148,26 +169,26 @@ template <class T> struct Setup {
     return problem.normalize || a.dtype != type_of<T> || (a.rows > 1 && a.stride != a.cols);
   }
 
-  // (rows, norms, whether they are to be packed)
-  std::tuple<void*, void*, bool> rows_of(const Array& a) {
+  // (rows, norms, whether they are to be packed), with room for `held` of them
+  std::tuple<void*, void*, bool> rows_of(const Array& a, int64_t held) {
     const bool pack = packed(a);
-    void* rows = pack ? allocate(a.rows * a.cols) : a.data;
-    return {rows, problem.normalize ? allocate(a.rows) : nullptr, pack};
+    void* rows = pack ? allocate(held * a.cols) : a.data;
+    return {rows, problem.normalize ? allocate(held) : nullptr, pack};
   }
 
-  // Accumulates in the output itself where its type and layout allow.
-  void* gradient(const Array& out, const Array& rows, const char* name) {
+  // Accumulates in the output itself where its type and layout allow, else in room for `held` rows.
+  void* gradient(const Array& out, const Array& rows, int64_t held, const char* name) {
     if (!out.data) return nullptr;
     require(out.dtype == rows.dtype || out.dtype == type_of<T>, name, "unexpected dtype");
     check(out, name, rows.rows, rows.cols);
     const bool direct = out.dtype == type_of<T> && (out.rows <= 1 || out.stride == out.cols);
-    return direct ? out.data : allocate(out.rows * out.cols);
+    return direct ? out.data : allocate(held * out.cols);
   }
 
   void gradients(const Array& dx, const Array& dy) {
     require(!problem.symmetric || !dy.data, "dy", "y = x has one gradient");
-    work.dx = gradient(dx, problem.x, "dx");
-    work.dy = problem.symmetric ? work.dx : gradient(dy, problem.y, "dy");
+    work.dx = gradient(dx, problem.x, problem.x.rows, "dx");
+    work.dy = problem.symmetric ? work.dx : gradient(dy, problem.y, work.window, "dy");
     for (LseLevelWork& level : levels) {
       if (!level.x.factor) continue;
       if (work.dx) level.x.radial = vector(problem.x.rows, T(0));
@@ -278,7 +299,7 @@ void sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& resu
   // Symmetric S needs half a product forward and one and a half backward.
   if (p.symmetric || p.x.rows == 0 || is_phi(p.heads[0].reduce))
     return two_passes<T>(p, weight, result, dx, dy, gradient);
-  Setup<T> setup(p, p.y.rows > 2 * p.x.rows);  // many more than a batch: parameters, or a memory bank
+  Setup<T> setup(p, true);
   LseHeadWork& h = setup.heads[0];
   setup.results(h, result);
   setup.parameters(h, gradient);

@@ -134,7 +134,7 @@ template <class T> class Sweep {
     T *scores = tile(c, space) + r * plan_.col_block, *logits = space.logits;
     logits_of(h_, at, scores, logits);
     const PairTarget& target = h_.head->target;
-    visit_targets(target, at, [&](int64_t j, double weight) {
+    visit_targets<T>(target, at, [&](int64_t j, double weight) {
       sums.target += T(weight) * logits[j];
       sums.target_scores += T(weight) * scores[j];
       sums.target_weight += T(weight);
@@ -240,7 +240,7 @@ template <class T> class Sweep {
       for (int64_t j = 0; j < padded<T>(at.cols); j += lanes<T>)
         store<T>(row + j, exp_or_zero<T>(load<T>(space.logits + j) - base) * factor);
     }
-    visit_targets(target, at, [&](int64_t j, double y) { row[j] -= weight * T(y); });
+    visit_targets<T>(target, at, [&](int64_t j, double y) { row[j] -= weight * T(y); });
     if (is_dense(target))
       for (int64_t j = 0; j < at.cols; ++j) row[j] -= weight * space.targets[j];
   }

@@ -39,9 +39,9 @@ using MaybeArray = std::optional<ArrayTuple>;
 using Relation = std::optional<std::pair<ArrayTuple, ArrayTuple>>;
 // same, different, distinct, offset, period (0: none), above, below
 using MaskTuple = std::tuple<Relation, Relation, Relation, std::optional<int64_t>, int64_t, MaybeArray, MaybeArray>;
-// kind, index, shifts, weights, base, period, mask, weight, dense, factor, uniform; see PairTarget
-using TargetTuple = std::tuple<int, MaybeArray, std::vector<int64_t>, std::vector<double>, int64_t, int64_t, MaskTuple,
-                               MaybeArray, MaybeArray, double, double>;
+// kind, index, offsets, shifts, weights, base, period, mask, weight, dense, factor, uniform; see PairTarget
+using TargetTuple = std::tuple<int, MaybeArray, MaybeArray, std::vector<int64_t>, std::vector<double>, int64_t, int64_t,
+                               MaskTuple, MaybeArray, MaybeArray, double, double>;
 // scale, whether over columns, mask, target, row bias, column bias, reduction
 using HeadTuple = std::tuple<double, bool, MaskTuple, TargetTuple, MaybeArray, MaybeArray, int>;
 using LevelTuple = std::pair<int64_t, int64_t>;  // width, number of heads
@@ -59,10 +59,10 @@ PairMask mask(const MaskTuple& t) {
 
 LseHead head(const HeadTuple& t) {
   const auto& [scale, column, head_mask, target, row_bias, col_bias, reduction] = t;
-  const auto& [kind, index, shifts, weights, base, period, target_mask, weight, dense, factor, uniform] = target;
+  const auto& [kind, index, offsets, shifts, weights, base, period, target_mask, weight, dense, factor, uniform] = target;
   return {scale, column, mask(head_mask),
-          {static_cast<PairTarget::Kind>(kind), array(index), shifts, weights, base, period, mask(target_mask),
-           array(weight), array(dense), factor, uniform},
+          {static_cast<PairTarget::Kind>(kind), array(index), array(offsets), shifts, weights, base, period,
+           mask(target_mask), array(weight), array(dense), factor, uniform},
           array(row_bias), array(col_bias), static_cast<Reduction>(reduction)};
 }
 
@@ -177,6 +177,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", [](int64_t n, int64_t m, bool symmetric, int threads) {
     const Plan p = plan(n, m, symmetric, threads);
     return std::pair{p.row_block, p.col_block};
+  });
+  m.def("window", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads) {
+    return window(m, d, item_bytes, plan(n, m, false, threads), threads);
   });
   m.def("tournament", [](int64_t blocks) {
     std::vector<std::vector<std::pair<int64_t, int64_t>>> rounds;

@@ -130,23 +130,27 @@ T pack_rows(const Array& x, const int64_t* order, bool normalize, int64_t begin,
   return poison;
 }
 
-// The same for all rows, by all threads of a parallel region. Rows that may be used where they lie (`copy` false,
-// out = x) are only looked at. Every thread returns the poison of its own rows.
+// The same by all threads of a parallel region. Rows that may be used where they lie (`copy` false, out = x) are only
+// looked at. Every thread returns the poison of its own rows.
 template <class T>
-T place_rows(const Array& x, bool copy, bool normalize, const int64_t* order, T* out, T* norms) {
+T place_rows(const Array& x, bool copy, bool normalize, const int64_t* order, int64_t begin, int64_t end, T* out,
+             T* norms) {
   constexpr int64_t kPiece = 32;
   T poison = 0;
 #pragma omp for schedule(static)
-  for (int64_t b = 0; b < (x.rows + kPiece - 1) / kPiece; ++b) {
-    const int64_t begin = b * kPiece, end = std::min(x.rows, begin + kPiece);
+  for (int64_t b = 0; b < (end - begin + kPiece - 1) / kPiece; ++b) {
+    const int64_t first = begin + b * kPiece, last = std::min(end, first + kPiece);
     if (copy) {
-      poison += pack_rows(x, order, normalize, begin, end, out, norms);
+      poison += pack_rows(x, order, normalize, first, last, out, norms);
       continue;
     }
-    for (int64_t p = begin; p < end; ++p)
+    for (int64_t p = first; p < last; ++p)
       if (const T norm = norm_of(out + p * x.cols, x.cols); norm != norm) poison = norm;
   }
   return poison;
+}
+template <class T> T place_rows(const Array& x, bool copy, bool normalize, const int64_t* order, T* out, T* norms) {
+  return place_rows(x, copy, normalize, order, 0, x.rows, out, norms);
 }
 
 // du (one row, gradient of the unit row u = x / norm) becomes the gradient of x, in place.

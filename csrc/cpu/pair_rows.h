@@ -2,6 +2,7 @@
 //
 // Tiles and the vectors of LseHeadWork are padded to whole vectors: scores by 0, logits by -inf, weights by 0.
 #pragma once
+#include <algorithm>
 #include <limits>
 
 #include "masked_lse.h"
@@ -90,7 +91,7 @@ void mask_logits(const PairMask& m, const Span& at, const T* scores, T* logits, 
 }
 
 // Targets of a row that stand at a few columns: visit(column in the span, weight).
-template <class Visit> void visit_targets(const PairTarget& target, const Span& at, Visit visit) {
+template <class T, class Visit> void visit_targets(const PairTarget& target, const Span& at, Visit visit) {
   const int64_t first = at.first_column + at.col;
   auto meet = [&](int64_t column, double weight) {
     if (column >= first && column < first + at.cols) visit(column - first, weight * target.factor);
@@ -99,6 +100,11 @@ template <class Visit> void visit_targets(const PairTarget& target, const Span& 
   if (target.kind == PairTarget::Kind::shifted)
     for (size_t k = 0; k < target.shifts.size(); ++k)
       meet(target.base + wrapped(at.i + target.shifts[k], target.period), target.weights[k]);
+  if (target.kind != PairTarget::Kind::listed) return;
+  const int64_t *index = target.index.as<int64_t>(), *offsets = target.offsets.as<int64_t>() + at.i;
+  const int64_t* end = index + offsets[1];
+  for (const int64_t* p = std::lower_bound(index + offsets[0], end, first); p < end && *p < first + at.cols; ++p)
+    visit(*p - first, double(target.weight.as<T>()[p - index]) * target.factor);
 }
 
 inline bool is_dense(const PairTarget& t) {
@@ -127,10 +133,11 @@ void deliver_rows(const Array& out, T* du, const T* u, const T* norms, bool norm
   for (int64_t p = begin; p < end; ++p) {
     T* row = du + p * d;
     if (normalize) project_row(row, u + p * d, norms[p], d);
-    if (du != out.data)
-      with_type<T>(out, [&](auto* data) {
-        for (int64_t k = 0; k < d; ++k) narrow(row[k], data[p * out.stride + k]);
-      });
+    with_type<T>(out, [&](auto* data) {
+      auto* to = data + p * out.stride;
+      if (static_cast<void*>(to) == row) return;
+      for (int64_t k = 0; k < d; ++k) narrow(row[k], to[k]);
+    });
   }
 }
 

@@ -15,7 +15,19 @@ from fastret import _C
 from fastret.backends import cpu
 from fastret.backends.cpu import masked_lse as kernels
 from fastret.backends.cpu.array import ArrayTuple, array
-from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
+from fastret.backends.pairs import (
+    Circulant,
+    Dense,
+    Gradients,
+    Head,
+    Indexed,
+    Listed,
+    Masked,
+    Need,
+    PairMask,
+    Shifted,
+    Target,
+)
 from fastret.backends.reference import masked_lse as reference
 
 assert cpu.missing() is None
@@ -55,6 +67,16 @@ MASKS: dict[str, Callable[[int, int], PairMask]] = {
     "between": lambda n, m: PairMask(above=normal(n) - 1, below=normal(n) + 1),
     "none at all": lambda n, m: PairMask(same=(torch.zeros(n).long(), torch.ones(m).long())),
 }
+
+
+def entries(n: int, m: int) -> Listed:
+    """Up to five a row, in no order, some twice."""
+    offsets = torch.cat([torch.zeros(1).long(), labels(n, 6, 11).cumsum(0)])
+    index = labels(int(offsets[-1]), m, 12)
+    index[1::2] = index[: len(index) - 1 : 2]
+    return Listed(offsets, index, normal(len(index)))
+
+
 TARGETS: dict[str, Callable[[int, int], Target | None]] = {
     "none": lambda n, m: None,
     "index": lambda n, m: Indexed(labels(n, m, 3)),
@@ -64,6 +86,7 @@ TARGETS: dict[str, Callable[[int, int], Target | None]] = {
     "by score": lambda n, m: Masked(PairMask(above=normal(n) - 1), normal(n)),
     "circulant": lambda n, m: Circulant((0, 1, -1), (0.5, 0.25, 0.25), min(n, m)),
     "dense": lambda n, m: Dense(normal(n, m).abs()),
+    "listed": entries,
 }
 
 
@@ -92,6 +115,8 @@ def cast(head: Head, dtype: torch.dtype) -> Head:
         target = Masked(mask(target.mask), target.weight.to(dtype))
     elif isinstance(target, Dense):
         target = Dense(target.weights.to(dtype))
+    elif isinstance(target, Listed):
+        target = replace(target, weight=target.weight.to(dtype))
     learned: dict[str, Any] = {k: v.to(dtype) for k in LEARNED if isinstance(v := getattr(head, k), Tensor)}
     return replace(head, mask=mask(head.mask), target=target, **learned)
 
@@ -181,14 +206,15 @@ BOUNDS = {F64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-5, torch.float16: 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("gallery", [None, 257])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("target", ["same label", "listed"])
 def test_every_instruction_set_and_multiplier(
-    isa: str, gemm: str, dtype: torch.dtype, gallery: int | None, threads: int
+    isa: str, gemm: str, dtype: torch.dtype, gallery: int | None, threads: int, target: str
 ) -> None:
     torch.set_num_threads(threads)
     _C.set_isa(isa)
     _C.set_gemm(gemm)
     assert (_C.isa(), _C.gemm()) == (isa, gemm)
-    x, y, head = example(333, gallery, 37, "distinct, wrapped offset", "same label", dtype)
+    x, y, head = example(333, gallery, 37, "distinct, wrapped offset", target, dtype)
     check(x, y, [head], BOUNDS[dtype])
     column = replace(head, axis="column", target=Shifted(0), mask=PairMask(), scale=3.0, row_bias=None)
     check(x, y, [replace(head, column_bias=None), column], BOUNDS[dtype])
@@ -231,7 +257,7 @@ def test_widths_smoothing_and_raw_rows(normalize: bool, gallery: int | None) -> 
     check(x, y, [replace(head, width=5)], 1e-12, normalize=normalize)
 
 
-@pytest.mark.parametrize("target", ["index", "wrapped", "circulant"])
+@pytest.mark.parametrize("target", ["index", "wrapped", "circulant", "listed"])
 def test_pieces_of_the_columns(target: str) -> None:
     x, y, head = example(40, 90, 9, "not self", target)
     assert y is not None
@@ -419,7 +445,7 @@ def test_nothing_is_touched_through_a_wrong_description(what: str, position: int
     def sweep(a: dict[str, ArrayTuple]) -> None:
         mask: _C.MaskTuple = ((a["same"], a["same_columns"]), None, None, None, 0, a["above"], None)
         none: _C.MaskTuple = (None, None, None, None, 0, None, None)
-        target: _C.TargetTuple = (1, a["index"], [], [], 0, 0, none, None, None, 1.0, 0.0)
+        target: _C.TargetTuple = (1, a["index"], None, [], [], 0, 0, none, None, None, 1.0, 0.0)
         head: _C.HeadTuple = (1.0, False, mask, target, a["row_bias"], a["column_bias"], 0)
         outputs = (a["lse"], a["t"], a["dx"], a["dy"], (a["scale"], None, None))
         _C.masked_lse_sweep(a["x"], a["y"], head, True, 0, 1, a["weight"], *outputs)
@@ -427,6 +453,37 @@ def test_nothing_is_touched_through_a_wrong_description(what: str, position: int
     sweep(a)
     with pytest.raises(ValueError, match=message):
         sweep({**a, what: _changed(a[what], position, value)})
+
+
+@pytest.mark.parametrize(
+    ("offsets", "index", "weights", "message"),
+    [
+        ([0, 2, 3], [1, 4, 0], 3, None),
+        ([0, 3], [1, 4, 0], 3, r"offsets: expected shape \(1, 3\)"),
+        ([0, 2, 3], [1, 4, 0], 2, r"weight: expected shape \(1, 3\)"),
+        ([1, 2, 3], [1, 4, 0], 3, "offsets: expected numbers that rise from 0 to 3"),
+        ([0, 2, 2], [1, 4, 0], 3, "offsets: expected numbers that rise from 0 to 3"),
+        ([0, 9, 3], [1, 4, 0], 3, "offsets: expected numbers that rise from 0 to 3"),
+        ([0, -9, 3], [1, 4, 0], 3, "offsets: expected numbers that rise from 0 to 3"),
+        ([0, 2, 3], [4, 1, 0], 3, "index: expected column numbers that ascend within a row"),
+        ([0, 2, 3], [1, 4, -1], 3, "index: expected column numbers that ascend within a row"),
+    ],
+)
+def test_lists_that_say_where_nothing_is(
+    offsets: list[int], index: list[int], weights: int, message: str | None
+) -> None:
+    x, out = torch.ones(2, 3), [torch.empty(2), torch.empty(2)]
+    none: _C.MaskTuple = (None, None, None, None, 0, None, None)
+    tensors = torch.tensor(index), torch.tensor(offsets), torch.ones(weights)
+    places, starts, values = (array(t) for t in tensors)
+    target: _C.TargetTuple = (5, places, starts, [], [], 0, 0, none, values, None, 1.0, 0.0)
+    call = (array(x), None, [(1.0, False, none, target, None, None, 0)], [], False, 0, 1, [tuple(map(array, out))])
+    if message is None:
+        _C.masked_lse_forward(*call)
+        assert out[1].tolist() == [3, 3]  # one of two labels stands at a column beyond
+        return
+    with pytest.raises(ValueError, match=r"heads\[0\].target." + message):
+        _C.masked_lse_forward(*call)
 
 
 def test_heads_that_do_not_fit_the_call() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastret import _C
 from fastret.backends import cpu
 from fastret.backends.cpu import masked_lse as kernels
-from fastret.backends.pairs import Circulant, Head, Indexed, Need, PairMask
+from fastret.backends.pairs import Circulant, Head, Indexed, Listed, Need, PairMask
 from fastret.backends.reference import masked_lse as reference
 from fastret.backends.rows import accumulation_dtype
 
@@ -17,16 +17,20 @@ F64 = torch.float64
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("target", ["index", "circulant", "smoothed", "none"])
+@pytest.mark.parametrize("target", ["index", "circulant", "listed", "smoothed", "none"])
 def test_many_more_columns_than_rows(dtype: torch.dtype, normalize: bool, target: str) -> None:
     """Columns are packed block by block, and S is multiplied twice: a block of rows is too large to be kept."""
     n, m, d = 70, 52_000, 6
     assert not _C.sweep_plan(n, m, d, 4, torch.get_num_threads())[2]
     x, y = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
     index = torch.randint(0, m, (n,))
+    several = Listed(
+        torch.arange(n + 1) * 9, torch.randint(0, m, (9 * n,)), torch.rand(9 * n, dtype=accumulation_dtype(dtype))
+    )
     head = {
         "index": Head(3.0, target=Indexed(index)),
         "circulant": Head(3.0, PairMask(offset=2), Circulant((0, 5), (0.75, 0.25), 40)),
+        "listed": Head(3.0, target=several),
         "smoothed": Head(3.0, target=Indexed(index), smoothing=0.25),
         "none": Head(3.0),
     }[target]

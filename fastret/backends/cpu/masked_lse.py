@@ -4,7 +4,7 @@ features are next to nothing have a product a width instead."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,8 +55,8 @@ def mask_tuple(m: PairMask) -> "_C.MaskTuple":
 
 
 def _target(target: Target | None, smoothing: float, columns: int) -> "_C.TargetTuple":
-    """The kinds of csrc/cpu/masked_lse.h: 0 none, 1 indexed, 2 shifted, 3 masked, 4 dense."""
-    kind, index, weight, dense, mask = 0, None, None, None, _NO_MASK
+    """The kinds of csrc/cpu/masked_lse.h: 0 none, 1 indexed, 2 shifted, 3 masked, 4 dense, 5 listed."""
+    kind, index, offsets, weight, dense, mask = 0, None, None, None, None, _NO_MASK
     shifts: list[int] = []
     weights: list[float] = []
     base = period = 0
@@ -73,15 +73,28 @@ def _target(target: Target | None, smoothing: float, columns: int) -> "_C.Target
         case Dense():
             kind, dense = 4, array(target.weights)
         case Listed():
-            raise NotImplementedError("target: the C++ kernel does not take Listed; impl='tiled' does")
+            kind, offsets, index, weight = 5, array(target.offsets), array(target.index), array(target.weight)
     uniform = smoothing / columns if smoothing else 0.0
-    return kind, index, shifts, weights, base, period, mask, weight, dense, 1 - smoothing, uniform
+    return kind, index, offsets, shifts, weights, base, period, mask, weight, dense, 1 - smoothing, uniform
 
 
 def _head(h: Head, columns: int) -> "_C.HeadTuple":
     target = _target(h.target, h.smoothing, columns)
     biases = _array(h.row_bias), _array(h.column_bias)
     return float(h.scale), h.axis == "column", mask_tuple(h.mask), target, *biases, REDUCTIONS.index(h.reduce)
+
+
+def _ascending(h: Head) -> Head:
+    """A list of targets by index within each row: those of a tile's columns are then found by search."""
+    goal = h.target
+    if not isinstance(goal, Listed):
+        return h
+    row = torch.repeat_interleave(goal.offsets.diff(), output_size=goal.index.shape[0])
+    if not ((goal.index.diff() < 0) & (row.diff() == 0)).any():
+        return h
+    order = goal.index.argsort(stable=True)
+    order = order[row[order].argsort(stable=True)]
+    return replace(h, target=Listed(goal.offsets, goal.index[order], goal.weight[order]))
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,7 @@ def forward(
     x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse, t) of each head, as backends/reference defines them."""
+    heads = [_ascending(h) for h in heads]
     sizes = {"row": len(x), "column": len(x if y is None else y)}
     lses = [torch.empty(sizes[h.axis], dtype=accumulation_dtype(x.dtype)) for h in heads]
     results = [(lse, torch.empty_like(lse)) for lse in lses]
@@ -171,6 +185,7 @@ def backward(
     """Gradients from those of each head's lse and t."""
     grads = [(g.contiguous(), h.contiguous()) for g, h in grads]
     lses = [lse.contiguous() for lse in lses]
+    heads = [_ascending(h) for h in heads]
     parameters = [_parameter_gradients(h, need) for h in heads]
     shares = _shares(x, y, heads, normalize)
     whole = _see_all(shares, x)  # else sums of several products, rounded once
@@ -203,7 +218,7 @@ def sweep(
 ) -> tuple[Tensor, Gradients]:
     """Sum of row_weight_i (lse_i - t_i) and its gradients, in the accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
-    row_weight = row_weight.contiguous()
+    row_weight, head = row_weight.contiguous(), _ascending(head)
     lse, t = torch.empty(len(x), dtype=dtype), torch.empty(len(x), dtype=dtype)
     parameters = _parameter_gradients(head, need)
     width = head.width or x.shape[1]
