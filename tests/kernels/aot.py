@@ -87,7 +87,7 @@ def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         yield Variant(rank_sums.rank_gradient_kernel, {**options, "ROWS": True, "COLUMNS": True, "EXCLUDE_SELF": True})
     for rows in (True, False):
         sides = {"ROWS": rows, "COLUMNS": not rows, "EXCLUDE_SELF": False}
-        yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides})
+        yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides}, rare=True)
 
 
 def head(
@@ -133,15 +133,15 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     everything = head(real, "column", every, pairs.Target(mask=every, weight=real), real)
     for options in choices("lse"):
         yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE", {"head": info_nce})
-        yield Variant(forward, {**options, "TRANSPOSED": True}, "ProxyAnchor", {"head": proxy_anchor[0]})
+        yield Variant(forward, {**options, "TRANSPOSED": True}, "ProxyAnchor", {"head": proxy_anchor[0]}, rare=True)
         yield Variant(forward, {**options, "TRANSPOSED": False}, "multi-label", {"head": multi_label}, rare=True)
     for options in choices("lse gradient"):
-        yield from backwards("InfoNCE", options, (info_nce,), ("rows",), ("columns",), **biases)
+        yield from backwards("InfoNCE", options, (info_nce,), (), ("rows", "columns"), **biases)
         yield from backwards("SupCon", options, (sup_con,), ("both",))
         yield from backwards("CLIP", options, clip, ("rows", "columns"), **biases)
         yield from backwards("MultiSimilarity", options, multi_similarity, (), ("both",), **biases)
         yield from backwards("ProxyAnchor", options, proxy_anchor, ("columns",), ("rows",), **biases)
-        yield from backwards("multi-label", options, (multi_label,), ("rows",), ("columns",), **biases)
+        yield from backwards("multi-label", options, (multi_label,), (), ("rows", "columns"), **biases)
     for options in choices("lse heavy"):
         yield Variant(forward, {**tile(options), "TRANSPOSED": True}, "everything", {"head": everything})
         yield from backwards("everything", options, (everything, everything), ("columns",), row_sums=None)
@@ -162,7 +162,8 @@ def pair_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     named = {"InvariantSpreading": spreading, "CentroidTriplet": centroids}
     for options in choices("lse"):
         for name, one in named.items():
-            yield Variant(masked_lse.masked_lse_kernel, {**options, "TRANSPOSED": False}, name, {"head": one})
+            rare = one is not spreading
+            yield Variant(masked_lse.masked_lse_kernel, {**options, "TRANSPOSED": False}, name, {"head": one}, rare)
     for options in choices("lse gradient"):
         yield from backwards("InvariantSpreading", options, (spreading,), (), ("rows", "columns"))
         yield from backwards("CentroidTriplet", options, (centroids,), ("columns",), ("rows",))
