@@ -198,7 +198,8 @@ class _MaskedLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        learned, rest = ctx.saved_tensors[:LEARNED], ctx.saved_tensors[LEARNED:]
+        saved = ctx.saved_tensors  # once: under checkpointing each access computes again
+        learned, rest = saved[:LEARNED], saved[LEARNED:]
         lses, tensors = rest[: ctx.heads], rest[ctx.heads :]
         need = list(ctx.needs_input_grad[:LEARNED])
         # dynamo traces no Function inside a Function's backward; a compiled graph is not differentiated twice anyway
