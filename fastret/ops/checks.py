@@ -57,7 +57,7 @@ def check_positive(value: float | Tensor, name: str) -> None:
             raise ValueError(
                 f"{name}: expected a number or a 0-dim floating point tensor, got {value.dtype} {tuple(value.shape)}"
             )
-        readable = value.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_wrapped(value)
+        readable = value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_wrapped(value)
         if readable and not 0 < value.item() < math.inf:
             raise ValueError(f"{name}: expected a positive finite number, got {value.item()}")
         return
@@ -105,12 +105,12 @@ def wants_gradient(t: Tensor | None) -> bool:
     """Whether a backward could ask for the gradient of t."""
     if t is None or not torch.is_grad_enabled():
         return False
-    return t.requires_grad or (not torch.compiler.is_compiling() and _is_wrapped(t))
+    return t.requires_grad or (not torch.compiler.is_compiling() and is_wrapped(t))
 
 
 def check_range(index: Tensor, size: int, name: str) -> None:
     """Every value in [0, size); a device other than the CPU is not waited for but asserts."""
-    if torch.compiler.is_compiling() or _is_wrapped(index):
+    if torch.compiler.is_compiling() or is_wrapped(index):
         return
     right = ((index >= 0) & (index < size)).all()
     message = f"{name}: expected numbers from 0 to {size - 1}"
@@ -123,7 +123,7 @@ def check_range(index: Tensor, size: int, name: str) -> None:
 
 def check_offsets(offsets: Tensor, entries: int, name: str) -> None:
     """Numbers that never fall, from 0 to the number of entries; a device other than the CPU is not waited for."""
-    if torch.compiler.is_compiling() or _is_wrapped(offsets):
+    if torch.compiler.is_compiling() or is_wrapped(offsets):
         return
     right = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == entries)
     message = f"{name}: expected numbers that rise from 0 to {entries}"
@@ -133,6 +133,6 @@ def check_offsets(offsets: Tensor, entries: int, name: str) -> None:
         raise ValueError(f"{message}, got {offsets.tolist()}")
 
 
-def _is_wrapped(t: Tensor) -> bool:
+def is_wrapped(t: Tensor) -> bool:
     """Under torch.func a tensor's value cannot be read, nor whether its gradient is wanted."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))

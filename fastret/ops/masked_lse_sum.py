@@ -4,7 +4,8 @@
 
 of ``fastret.ops.masked_lse`` with constant weights w. The slope of every row is known as soon as its lse is, so loss
 and gradients come from one product of rows, in forward: 3 N M D instead of 4. Backward multiplies the gradients, kept
-in the accumulation dtype, with the upstream one. Where no gradient is wanted, none is computed or kept.
+in the accumulation dtype, with the upstream one: in place, where the graph is freed with that backward, so that a
+million proxies have one gradient and not two. Where no gradient is wanted, none is computed or kept.
 """
 
 from typing import Any
@@ -149,23 +150,44 @@ class _MaskedLseSum(torch.autograd.Function):
         _, *gradients = output
         ctx.need = inputs[-1]
         ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)  # or backward would be handed zeros for each of them
         ctx.save_for_backward(*gradients, *inputs[:LEARNED])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        constants = [None] * (len(Problem._fields) - LEARNED + 2)
+        if grad is None:
+            return *[None] * LEARNED, *constants
         saved = ctx.saved_tensors  # once: under activation checkpointing a second reading is an error
         gradients, inputs = saved[:LEARNED], saved[LEARNED:]
         compiling = torch.compiler.is_compiling()
+        last = not compiling and _is_last_use(grad)
         results: list[Tensor | None] = []
         for gradient, given, wanted in zip(gradients, inputs, ctx.need, strict=True):
             if not wanted:
                 results.append(None)
+            elif last:
+                results.append(_scale_(gradient, grad).to(given.dtype))
             elif compiling:
                 results.append((gradient * grad).to(given.dtype))
             else:
                 results.append(_Scaled.apply(gradient, grad, given.dtype, *inputs))
-        constants = [None] * (len(Problem._fields) - LEARNED + 2)
         return *results, *constants
+
+
+def _is_last_use(upstream: Tensor) -> bool:
+    """Whether what was saved is freed after this backward, and no derivative of it is wanted: then it may be the
+    gradient itself. A graph that is kept needs it again, and whoever owns the gradient may add to it in place."""
+    batched = checks.is_wrapped(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    if batched or torch.is_grad_enabled():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    if upstream.device.type == "cpu" and upstream.item() == 1:  # elsewhere reading it would wait for the device
+        return gradient
+    return gradient.mul_(upstream)
 
 
 class _Scaled(torch.autograd.Function):

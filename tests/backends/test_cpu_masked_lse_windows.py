@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,3 +150,25 @@ def test_memory_that_malloc_returns_dirty() -> None:
         for extra in ({}, {"MALLOC_PERTURB_": "1"})
     }
     assert len(results) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_memory_is_parameters_and_their_gradient(reduction: str) -> None:
+    """200,000 proxies are 49 MiB: neither a copy of them nor a second gradient is made."""
+    code = (
+        "import torch\nfrom pathlib import Path\nfrom fastret.functional import normalized_softmax\n"
+        "def status(field):\n"
+        "  lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "  return next(int(v.split()[1]) for v in lines if v.startswith(field)) / 1024\n"
+        "def run(x, w):\n"
+        f"  normalized_softmax(x, w, torch.arange(len(x)), reduction={reduction!r}).sum().backward()\n"
+        "run(*(torch.randn(n, 64, requires_grad=True) for n in (256, 3000)))\n"
+        "x, w = (torch.randn(n, 64, requires_grad=True) for n in (256, 200_000))\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"
+        "before = status('VmRSS')\nrun(x, w)\nprint(status('VmHWM') - before - 4 * 64 * len(w) / 2**20)\n"
+    )
+    freed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "FASTRET_IMPL": "cpu"}
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, env={**os.environ, **freed}, capture_output=True, text=True, check=True)
+    assert float(child.stdout) <= 24

@@ -208,8 +208,7 @@ def test_masked_pairs_add_nothing(impl: str, phi: str) -> None:
     sums = pair_sums(x, y, phi=phi, row_stat=torch.full((6,), 3.0), column_bias=bias, mask=mask, impl=impl)
     assert sums.isfinite().all()
     assert not sums[4:].any()
-    upstreams = (1.0, math.inf, math.nan) if impl == "cpu" else (1.0,)
-    for upstream in upstreams:
+    for upstream in (1.0, math.inf, math.nan):
         dx, dy = torch.autograd.grad(sums, (x, y), torch.tensor([1.0] * 4 + [upstream] * 2), retain_graph=True)
         assert not dx[4:].any()
         assert not dy[4:].any()
@@ -238,6 +237,32 @@ def test_pieces_of_the_columns_add(impl: str) -> None:
     whole = pair_sums(x, y, **options)
     parts = sum(pair_sums(x, y[a:b], first_column=a, **options) for a, b in ((0, 12), (12, 13), (13, 31)))
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+@pytest.mark.parametrize("phi", functions.NAMES)
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("upstream", [math.inf, math.nan])
+def test_what_arrives_where_no_pair_is_allowed_counts_nothing(impl: str, phi: str, axis: str, upstream: float) -> None:
+    """Nor what arrives at a line that has pairs where it has none."""
+    one, two = torch.tensor([0, 0, 1, 1, 2, 5]), torch.tensor([0, 1, 1, 0, 7, 7])
+    x, y = torch.randn(6, 3, dtype=F64), torch.randn(6, 3, dtype=F64)
+    learned = [torch.tensor(1.5, dtype=F64), -uniform(6) - 9, uniform(6)]
+
+    def gradients(arriving: list[float]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, y, *learned)]
+        scale, row_bias, column_bias = leaves[2:]
+        head = Head(scale, PairMask(same=(one, two)), None, 0.0, row_bias, column_bias, axis, reduce=phi)
+        ((total, _),) = masked_lse(*leaves[:2], heads=[head], impl=impl)
+        return list(torch.autograd.grad(total, leaves, torch.tensor(arriving, dtype=F64)))
+
+    expected = gradients([1.0] * 6)
+    torch.testing.assert_close(gradients([1.0] * 4 + [upstream] * 2), expected, rtol=0, atol=0)
+    dx, dy, *_ = gradients([1.0] * 2 + [upstream] * 4)  # lines 2 and 3 have pairs: rows with columns 1 and 2 only
+    of_lines, of_others = (dx, dy) if axis == "row" else (dy, dx)
+    apart = torch.tensor([0, 3, 4, 5] if axis == "row" else [4, 5])
+    torch.testing.assert_close(of_others[apart], (expected[1] if axis == "row" else expected[0])[apart], rtol=0, atol=0)
+    assert of_lines[:2].isfinite().all()
 
 
 @pytest.mark.parametrize("impl", FUSED)

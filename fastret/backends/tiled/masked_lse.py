@@ -172,7 +172,7 @@ def _pair_weights(
         probability = _allowed(logits, scores, head, tile.block).sub_(torch.where(none, 0, total)).exp_()
         weight = probability.mul_(torch.where(none, 0, g))
     else:
-        weight = _only(phi.slope(head.reduce, logits), scores, head, tile.block) * g
+        weight = _only(phi.slope(head.reduce, logits) * g, scores, head, tile.block)
     target = _target(scores, head, tile.block, columns)
     return weight if target is None else weight.addcmul_(target, h.expand_as(target))
 
