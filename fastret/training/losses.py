@@ -141,7 +141,7 @@ LOSSES: dict[str, TrainingLoss] = {
     "multi-similarity": TrainingLoss(_multi_similarity, _of_pairs(None), PML_MATRICES, _multi_similarity_bytes),
     "proxy-nca": TrainingLoss(
         _proxy_nca,
-        Recipe(iterations=1300, batch_classes=128, samples_per_class=1, temperature=0.05, lr=2e-3, proxy_lr=2e-3),
+        Recipe(iterations=1300, batch_classes=128, samples_per_class=1, temperature=0.05, lr=8e-3, proxy_lr=2e-4),
         "the official code's (B + C) x (B + C) matrices",
         _proxy_nca_bytes,
         official_at="B = {rows:,}, C = {classes:,}",

@@ -67,7 +67,10 @@ class Trainer:
             self.loss = training_loss(options.loss).build(self.settings).to(options.device)
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
         if options.proxy_lr is not None:
-            groups.append({"params": list(self.loss.parameters()), "lr": options.proxy_lr})
+            # No decay: the loss normalises proxies, so their length only sets how far a step turns them. Fused: a
+            # quarter of the time over 20,902 x 128, but other last bits, which the network's weights keep.
+            proxies = list(self.loss.parameters())
+            groups.append({"params": proxies, "lr": options.proxy_lr, "weight_decay": 0.0, "fused": True})
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, options.iterations)
         self.batches = ClassBalancedBatches(

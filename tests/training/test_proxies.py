@@ -64,7 +64,7 @@ def test_learns_to_retrieve_unseen_classes(proxy_options: Build) -> None:
 
 
 def test_class_means_beat_random_proxies(proxy_options: Build) -> None:
-    chosen = proxy_options(iterations=10)
+    chosen = proxy_options(iterations=10, lr=2e-3, proxy_lr=2e-3)
     from_means, from_random = Trainer(_data(chosen), chosen), Trainer(_data(chosen), chosen)
     from_means.initialise()
     losses = [(from_means.step(), from_random.step()) for _ in range(chosen.iterations)]
@@ -92,6 +92,15 @@ def test_proxies_have_a_learning_rate_of_their_own(proxy_options: Build) -> None
         moved.append(float((trainer.loss.proxies.detach() - before).norm()))
     assert moved[1] > 100 * moved[0]
     assert all(map(torch.equal, slow.model.parameters(), fast.model.parameters()))
+
+
+def test_proxies_do_not_decay(proxy_options: Build) -> None:
+    chosen = proxy_options(proxy_lr=1e-1)
+    trainer = Trainer(_data(chosen), chosen)
+    before = trainer.loss.proxies.detach().clone()
+    trainer.loss.proxies.grad = torch.zeros_like(before)
+    trainer.optimizer.step()
+    assert torch.equal(trainer.loss.proxies.detach(), before)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
