@@ -69,6 +69,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("batch_classes", "classes of a batch; all there are where the data has fewer", type=int)
     add("samples_per_class", "images of each class in a batch", type=int)
     add("temperature", "temperature of the loss", type=float)
+    add("filters", "channels of the network's first block, a quarter of the last one's", type=int)
     add("lr", "AdamW's learning rate at the start of a cosine schedule", type=float)
     add("proxy_lr", "the same of the loss's own parameters, its proxies", type=float)
     add("seed", "seed of weights, batches and augmentation", type=int)

@@ -46,6 +46,7 @@ class Recipe:
     batch_classes: int
     samples_per_class: int
     temperature: float | None  # None: the loss has none
+    filters: int
     lr: float
     proxy_lr: float | None  # None: the loss has nothing to learn
 
@@ -126,7 +127,13 @@ def _proxy_nca_bytes(n: int, settings: LossSettings) -> int:
 def _of_pairs(temperature: float | None) -> Recipe:
     """The quickstart's recipe: large batches with several images of a class, for losses of pairs within a batch."""
     return Recipe(
-        iterations=150, batch_classes=256, samples_per_class=4, temperature=temperature, lr=4e-3, proxy_lr=None
+        iterations=150,
+        batch_classes=256,
+        samples_per_class=4,
+        temperature=temperature,
+        filters=16,
+        lr=4e-3,
+        proxy_lr=None,
     )
 
 
@@ -141,7 +148,15 @@ LOSSES: dict[str, TrainingLoss] = {
     "multi-similarity": TrainingLoss(_multi_similarity, _of_pairs(None), PML_MATRICES, _multi_similarity_bytes),
     "proxy-nca": TrainingLoss(
         _proxy_nca,
-        Recipe(iterations=1300, batch_classes=128, samples_per_class=1, temperature=0.05, lr=8e-3, proxy_lr=2e-4),
+        Recipe(
+            iterations=1300,
+            batch_classes=128,
+            samples_per_class=1,
+            temperature=0.05,
+            filters=32,
+            lr=8e-3,
+            proxy_lr=2e-4,
+        ),
         "the official code's (B + C) x (B + C) matrices",
         _proxy_nca_bytes,
         official_at="B = {rows:,}, C = {classes:,}",

@@ -20,8 +20,8 @@ _AS_RECIPE: Any = None
 class TrainOptions:
     """Options of a run; equal ones give equal weights on the same machine with the same number of threads.
 
-    iterations, batch_classes, samples_per_class, temperature, lr and proxy_lr are by default as `Recipe` has them for
-    the loss.
+    iterations, batch_classes, samples_per_class, temperature, filters, lr and proxy_lr are by default as `Recipe` has
+    them for the loss.
 
     Attributes:
         data: a name in `fastret.training.sources.SOURCES`, a directory with one folder of images a class, or an .npz of
@@ -32,6 +32,7 @@ class TrainOptions:
         batch_classes: classes of a batch; all there are where the data has fewer.
         samples_per_class: images of each class in a batch.
         temperature: of the loss, in units of the cosine; None for a loss without one.
+        filters: channels of the network's first block; the other two have twice and four times as many.
         lr: AdamW's learning rate at the start; it falls to 0 along a cosine.
         proxy_lr: likewise, of the loss's own parameters; None for a loss without any.
         seed: of the weights, the batches and the augmentation.
@@ -51,6 +52,7 @@ class TrainOptions:
     batch_classes: int = _AS_RECIPE
     samples_per_class: int = _AS_RECIPE
     temperature: float | None = None
+    filters: int = _AS_RECIPE
     lr: float = _AS_RECIPE
     proxy_lr: float | None = None
     seed: int = 0
@@ -68,6 +70,7 @@ class TrainOptions:
             "iterations": 1,
             "batch_classes": 2,
             "samples_per_class": loss.least_samples,
+            "filters": 1,
             "checkpoint_every": 1,
         }
         for name, smallest in (least if self.threads is None else {**least, "threads": 1}).items():

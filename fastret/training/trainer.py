@@ -56,7 +56,7 @@ class Trainer:
         self.data = data
         self.options = options
         with _seeded(options.seed):
-            self.model = EmbeddingNet(data.images.shape[1]).to(options.device)
+            self.model = EmbeddingNet(data.images.shape[1], filters=options.filters).to(options.device)
             self.settings = LossSettings(
                 options.temperature,
                 options.samples_per_class,

@@ -64,7 +64,7 @@ def test_learns_to_retrieve_unseen_classes(proxy_options: Build) -> None:
 
 
 def test_class_means_beat_random_proxies(proxy_options: Build) -> None:
-    chosen = proxy_options(iterations=10, lr=2e-3, proxy_lr=2e-3)
+    chosen = proxy_options(iterations=10, filters=16, lr=2e-3, proxy_lr=2e-3)
     from_means, from_random = Trainer(_data(chosen), chosen), Trainer(_data(chosen), chosen)
     from_means.initialise()
     losses = [(from_means.step(), from_random.step()) for _ in range(chosen.iterations)]
@@ -74,6 +74,7 @@ def test_class_means_beat_random_proxies(proxy_options: Build) -> None:
 def test_proxies_start_at_the_class_means_of_the_untrained_network(proxy_options: Build) -> None:
     chosen = proxy_options()
     trainer = Trainer(_data(chosen), chosen)
+    assert trainer.model.embed.in_features == 16 * 4 * LOSSES["proxy-nca"].recipe.filters
     state = torch.get_rng_state()
     trainer.initialise()
     assert torch.equal(torch.get_rng_state(), state)

@@ -233,6 +233,7 @@ def test_diverging_loss_is_reported(options: Build, monkeypatch: pytest.MonkeyPa
         ({"iterations": 1.5}, TypeError, "iterations: expected an integer, got float"),
         ({"batch_classes": 1}, ValueError, "batch_classes: expected at least 2, got 1"),
         ({"samples_per_class": 1}, ValueError, "samples_per_class: expected at least 2, got 1"),
+        ({"filters": 0}, ValueError, "filters: expected at least 1, got 0"),
         ({"threads": 0}, ValueError, "threads: expected at least 1, got 0"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a positive"),
         ({"lr": -1.0}, ValueError, "lr: expected a positive"),
