@@ -202,7 +202,8 @@ def run(options: Options, *, resume: bool = False) -> dict[str, Any]:
 
     trained = trainer.curve[-1].retrieval
     rows, width = VIEWS * options.batch_size, trainer.model.embed.out_features
-    job = Job(LOSS, LossSettings(TEMPERATURE, VIEWS, None), rows, width, "cpu", torch.get_num_threads())
+    settings = LossSettings(TEMPERATURE, VIEWS, None, classes=options.batch_size, width=width)
+    job = Job(LOSS, settings, rows, "cpu", torch.get_num_threads())
     memory = Memory(measure_peak(job), round(DENSE_MATRICES * 4 * rows**2))
     metrics = {
         "options": asdict(options),
@@ -223,7 +224,7 @@ def run(options: Options, *, resume: bool = False) -> dict[str, Any]:
     print(f"{'R@1':8}" + "".join(f"{percent(found.recall_at_1):>12}" for _, found in columns))
     print(f"{'MAP@R':8}" + "".join(f"{percent(found.map_at_r):>12}" for _, found in columns))
     print(f"\ntraining     {trainer.seconds:.1f} s, the loss {trainer.loss_seconds:.1f} s ({share:.1%})")
-    print(f"loss memory  {memory.describe('dense logits', rows)}")
+    print(f"loss memory  {memory.describe('dense logits', f'N = {rows:,}')}")
     write_metrics(folder, metrics)
     try:
         write_plot(trainer, pixels, folder)

@@ -13,12 +13,14 @@ from fastret.backends.registry import AUTO, IMPLEMENTATIONS
 from fastret.training import TrainOptions, train
 from fastret.training.checkpoint import load_checkpoint
 from fastret.training.heap import keep_freed_memory
-from fastret.training.losses import LOSSES
+from fastret.training.losses import LOSSES, Recipe
+from fastret.training.sources import SOURCES
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 DEFAULT = {field.name: field.default for field in fields(TrainOptions)}
+BY_LOSS = {field.name for field in fields(Recipe)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,11 +49,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     def add(name: str, text: str, **settings: Any) -> None:
         # Left out of the result unless given, so that --resume knows what the user asked for.
         default = DEFAULT[name]
+        if name in BY_LOSS:
+            of = {loss: getattr(entry.recipe, name) for loss, entry in LOSSES.items()}
+            usual = of.pop(DEFAULT["loss"])
+            others = ", ".join(f"{value} with {loss}" for loss, value in of.items() if value not in (None, usual))
+            default = "; ".join(str(part) for part in (usual, others) if part)
         text = text if default is None else f"{text} (default: {default})"
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **settings)
 
-    add("data", "glyphs, a directory with one folder of images a class, or an .npz of scripts/render_glyphs.py")
+    named = ", ".join(SOURCES)
+    add("data", f"{named}, a directory with one folder of images a class, or an .npz of scripts/render_glyphs.py")
     add("loss", "the loss", choices=LOSSES)
     add("output", "folder for checkpoint.pt, metrics.json and plot.png; an older run in it is replaced")
     parser.add_argument(
@@ -61,7 +69,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("batch_classes", "classes of a batch; all there are where the data has fewer", type=int)
     add("samples_per_class", "images of each class in a batch", type=int)
     add("temperature", "temperature of the loss", type=float)
+    add("filters", "channels of the network's first block, a quarter of the last one's", type=int)
     add("lr", "AdamW's learning rate at the start of a cosine schedule", type=float)
+    add("proxy_lr", "the same of the loss's own parameters, its proxies", type=float)
     add("seed", "seed of weights, batches and augmentation", type=int)
     add("checkpoint_every", "iterations between two checkpoints", type=int)
     add("threads", "CPU threads (default: as PyTorch has it)", type=int)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fastret.data.glyphs import write_glyphs
+from fastret.data.glyphs import cache_folder, rendered_file, write_glyphs
 
 try:
     from fontTools.ttLib import TTFont
@@ -313,11 +313,6 @@ def render(glyph_set: GlyphSet, paths: list[Path], mapped: set[int]) -> tuple[np
     return images[kept], [code_points[i] for i in kept], len(train)
 
 
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/fastret, by default ~/.cache/fastret."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastret"
-
-
 def main() -> None:
     """Render one set, unless its output is there already."""
     parser = argparse.ArgumentParser(description="Render a glyph retrieval set from Debian's font packages.")
@@ -328,7 +323,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     glyph_set = SETS[arguments.set]
-    output = arguments.output or arguments.cache / f"glyphs_{arguments.set}.npz"
+    output = arguments.output or rendered_file(arguments.set, arguments.cache)
     if output.suffix != ".npz":
         parser.error(f"--output must end in .npz, got {output}")
     record = arguments.cache / f"glyphs_{arguments.set}.{glyph_set.fingerprint()}.sha256"

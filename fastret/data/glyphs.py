@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def load_glyphs(path: str | Path | None = None) -> ImageSet:
         [chr(code_point) for code_point in code_points],
         train_classes,
     )
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/fastret, by default ~/.cache/fastret."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastret"
+
+
+def rendered_file(name: str, cache: Path | None = None) -> Path:
+    """Where scripts/render_glyphs.py puts the set of that name: in ``cache``, by default the cache folder."""
+    return (cache or cache_folder()) / f"glyphs_{name}.npz"
 
 
 def write_glyphs(path: Path, images: np.ndarray, code_points: list[int], *, train_classes: int, recipe: str) -> str:

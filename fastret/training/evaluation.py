@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastret.data import ImageSet
-from fastret.retrieval import map_at_r, recall_at_k
+from fastret.retrieval.metrics import recall_and_map_at_r
 
 BATCH = 1024  # images embedded at once
 
@@ -16,6 +16,7 @@ class Retrieval:
     """Leave-one-out over all images of a set: shares in [0, 1], as `fastret.retrieval` defines them."""
 
     recall_at_1: float
+    recall_at_10: float
     map_at_r: float
 
 
@@ -32,7 +33,8 @@ def embed(model: nn.Module, images: Tensor, device: str) -> Tensor:
 
 
 def evaluate(model: nn.Module, data: ImageSet, device: str) -> Retrieval:
-    """Recall@1 and MAP@R of ``data``'s images among themselves."""
+    """Recall@1, recall@10 and MAP@R of ``data``'s images among themselves."""
     embeddings = embed(model, data.images, device)
-    labels = data.labels.to(device)
-    return Retrieval(recall_at_k(embeddings, labels, ks=(1,))[1], map_at_r(embeddings, labels))
+    ten = min(10, len(embeddings) - 1)  # a smaller set has no more to search
+    recall, precision = recall_and_map_at_r(embeddings, data.labels.to(device), ks=(1, ten))
+    return Retrieval(recall[1], recall[ten], precision)

@@ -1,11 +1,16 @@
-"""The losses that `fastret train` knows, by name. A new one is one entry of LOSSES."""
+"""The losses that `fastret train` knows, by name, each with its recipe. A new one is one entry of LOSSES."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastret.losses import MultiSimilarity, NTXent, SmoothAP, SupCon
+from fastret.losses import MultiSimilarity, NTXent, ProxyNCA, SmoothAP, SupCon
+from fastret.losses.proxies import ProxyLoss
+
+# Images (n, c, h, w) uint8 with labels (n,).
+Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -13,14 +18,37 @@ class LossSettings:
     """What a loss is built from.
 
     Attributes:
-        temperature: in units of the cosine; multi-similarity has none.
+        temperature: in units of the cosine; None: the loss has none.
         samples_per_class: rows of each class in every batch; they stand in consecutive blocks.
         impl: as the losses' ``impl=``; None: the fastest.
+        classes: of the training data; labels are 0 .. classes - 1.
+        width: of an embedding.
     """
 
-    temperature: float
+    temperature: float | None
     samples_per_class: int
     impl: str | None
+    classes: int
+    width: int
+
+    @property
+    def tau(self) -> float:
+        """The temperature of a loss that has one."""
+        assert self.temperature is not None
+        return self.temperature
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of `fastret.training.TrainOptions` that suit a loss, for those that are not given."""
+
+    iterations: int
+    batch_classes: int
+    samples_per_class: int
+    temperature: float | None  # None: the loss has none
+    filters: int
+    lr: float
+    proxy_lr: float | None  # None: the loss has nothing to learn
 
 
 @dataclass(frozen=True)
@@ -29,54 +57,111 @@ class TrainingLoss:
 
     Attributes:
         build: gives a module to be called with embeddings (n, dim) and labels (n,).
+        recipe: the defaults of its options.
         official: what the official code, or pytorch-metric-learning, stores, in words.
-        official_bytes: its peak for a batch of n rows, k of each class.
+        official_bytes: its peak for a batch of n rows.
+        official_at: the sizes that ``official`` speaks of, as a format of rows and classes.
+        least_samples: images of a class that a batch needs: 2 where positives are sought in the batch.
+        initialise: fits the loss to the untrained network's embeddings of all training images, before the first step.
     """
 
     build: Callable[[LossSettings], nn.Module]
+    recipe: Recipe
     official: str
-    official_bytes: Callable[[int, int], int]
+    official_bytes: Callable[[int, LossSettings], int]
+    official_at: str = "N = {rows:,}"
+    least_samples: int = 2
+    initialise: Callable[[nn.Module, nn.Module, Batches], None] | None = None
 
 
 def _smooth_ap(settings: LossSettings) -> nn.Module:
-    return SmoothAP(settings.temperature, samples_per_class=settings.samples_per_class, impl=settings.impl)
+    return SmoothAP(settings.tau, samples_per_class=settings.samples_per_class, impl=settings.impl)
 
 
 def _nt_xent(settings: LossSettings) -> nn.Module:
-    return NTXent(settings.temperature, impl=settings.impl)
+    return NTXent(settings.tau, impl=settings.impl)
 
 
 def _sup_con(settings: LossSettings) -> nn.Module:
-    return SupCon(settings.temperature, impl=settings.impl)
+    return SupCon(settings.tau, impl=settings.impl)
 
 
 def _multi_similarity(settings: LossSettings) -> nn.Module:
     return MultiSimilarity(2.0, 40.0, 0.5, mining_margin=0.1, impl=settings.impl)  # the official configuration
 
 
+def _proxy_nca(settings: LossSettings) -> nn.Module:
+    # Equal scaling of rows and proxies whose logits, 2 sx sp cosine, are cosines over the temperature.
+    scaling = math.sqrt(0.5 / settings.tau)
+    return ProxyNCA(settings.classes, settings.width, scaling_x=scaling, scaling_p=scaling, impl=settings.impl)
+
+
+def _class_means(loss: nn.Module, model: nn.Module, batches: Batches) -> None:
+    assert isinstance(loss, ProxyLoss)
+    loss.init_from_loader(model, batches)
+
+
 # How many float32 tensors of the named size their forward and backward hold at the peak (measured).
-def _smooth_ap_bytes(n: int, k: int) -> int:
+def _smooth_ap_bytes(n: int, settings: LossSettings) -> int:
     return round(9.1 * 4 * n**3)
 
 
-def _nt_xent_bytes(n: int, k: int) -> int:
+def _nt_xent_bytes(n: int, settings: LossSettings) -> int:
+    k = settings.samples_per_class
     return round(4.25 * 4 * n * (k - 1) * n * (n - k))
 
 
-def _sup_con_bytes(n: int, k: int) -> int:
+def _sup_con_bytes(n: int, settings: LossSettings) -> int:
     return round(11.3 * 4 * n**2)
 
 
-def _multi_similarity_bytes(n: int, k: int) -> int:
+def _multi_similarity_bytes(n: int, settings: LossSettings) -> int:
     return round(17.0 * 4 * n**2)
 
 
+def _proxy_nca_bytes(n: int, settings: LossSettings) -> int:
+    # The code of 2019, which articles copy: distances between all rows and proxies.
+    return round(6.4 * 4 * (n + settings.classes) ** 2)
+
+
+def _of_pairs(temperature: float | None) -> Recipe:
+    """The quickstart's recipe: large batches with several images of a class, for losses of pairs within a batch."""
+    return Recipe(
+        iterations=150,
+        batch_classes=256,
+        samples_per_class=4,
+        temperature=temperature,
+        filters=16,
+        lr=4e-3,
+        proxy_lr=None,
+    )
+
+
+PML_MATRICES = "pytorch-metric-learning's N x N matrices"
+
 LOSSES: dict[str, TrainingLoss] = {
-    "smooth-ap": TrainingLoss(_smooth_ap, "the official code's N x N x N tensors", _smooth_ap_bytes),
-    "nt-xent": TrainingLoss(_nt_xent, "pytorch-metric-learning's tables of positive x negative pairs", _nt_xent_bytes),
-    "sup-con": TrainingLoss(_sup_con, "pytorch-metric-learning's N x N matrices", _sup_con_bytes),
-    "multi-similarity": TrainingLoss(
-        _multi_similarity, "pytorch-metric-learning's N x N matrices", _multi_similarity_bytes
+    "smooth-ap": TrainingLoss(_smooth_ap, _of_pairs(0.01), "the official code's N x N x N tensors", _smooth_ap_bytes),
+    "nt-xent": TrainingLoss(
+        _nt_xent, _of_pairs(0.1), "pytorch-metric-learning's tables of positive x negative pairs", _nt_xent_bytes
+    ),
+    "sup-con": TrainingLoss(_sup_con, _of_pairs(0.1), PML_MATRICES, _sup_con_bytes),
+    "multi-similarity": TrainingLoss(_multi_similarity, _of_pairs(None), PML_MATRICES, _multi_similarity_bytes),
+    "proxy-nca": TrainingLoss(
+        _proxy_nca,
+        Recipe(
+            iterations=1300,
+            batch_classes=128,
+            samples_per_class=1,
+            temperature=0.05,
+            filters=32,
+            lr=8e-3,
+            proxy_lr=2e-4,
+        ),
+        "the official code's (B + C) x (B + C) matrices",
+        _proxy_nca_bytes,
+        official_at="B = {rows:,}, C = {classes:,}",
+        least_samples=1,
+        initialise=_class_means,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward of a loss beyond its inputs, measured in a process of its own.
+"""Peak memory of one forward and backward of a loss beyond its inputs and parameters, measured in a process of its own.
 
 In the training process the network's freed activations would hide it: the C library keeps them in its heap, where the
 loss finds room without the process growing. The fresh process gives freed memory back at once
@@ -32,18 +32,17 @@ class Peak:
 
 @dataclass(frozen=True)
 class Job:
-    """A batch of ``rows`` embeddings of ``width``, in blocks of one class."""
+    """A batch of ``rows`` embeddings, in blocks of one class."""
 
     loss: str
     settings: LossSettings
     rows: int
-    width: int
     device: str
     threads: int
 
 
 def measure_peak(job: Job) -> Peak:
-    """Peak bytes of the loss's forward and backward beyond embeddings and labels; the gradient is counted."""
+    """Peak bytes of the loss's forward and backward beyond its inputs and parameters; gradients are counted."""
     if job.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return Peak(None, "it needs Linux's /proc")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -67,14 +66,16 @@ def main() -> None:
 def _peak_here(job: Job) -> int:
     torch.set_num_threads(job.threads)
     loss = training_loss(job.loss).build(job.settings).to(job.device)
+    warm_up = min(WARM_UP_CLASSES, job.settings.classes)
     group = job.settings.samples_per_class
     generator = torch.Generator().manual_seed(0)
 
     def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = torch.randn(rows, job.width, generator=generator).to(job.device).requires_grad_()
+        embeddings = torch.randn(rows, job.settings.width, generator=generator).to(job.device).requires_grad_()
         return embeddings, torch.arange(rows, device=job.device) // group
 
-    loss(*batch(WARM_UP_CLASSES * group)).backward()
+    loss(*batch(warm_up * group)).backward()
+    loss.zero_grad()  # else the gradient of its parameters would be there already, and be added to
     embeddings, labels = batch(job.rows)
     before = _reset_peak(job.device)
     loss(embeddings, labels).backward()

@@ -1,8 +1,9 @@
 """A small convolutional network that turns images into embeddings: the quickstart's, sized for a CPU.
 
-Three times conv 3x3, BatchNorm, ReLU, max pooling (16, 32, 64 channels), then a linear layer and a BatchNorm without
-affine parameters. That last one keeps every coordinate at unit variance over a batch: without it, sharp losses
-(Smooth-AP at temperature 0.01-0.03) collapse in the first iterations unless the learning rate is warmed up.
+Three times conv 3x3, BatchNorm, ReLU, max pooling (16, 32, 64 channels or a multiple), then a linear layer and a
+BatchNorm without affine parameters. That last one keeps every coordinate at unit variance over a batch: without it,
+sharp losses (Smooth-AP at temperature 0.01-0.03) collapse in the first iterations unless the learning rate is warmed
+up.
 """
 
 from itertools import pairwise
@@ -10,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-WIDTHS = (16, 32, 64)
+BLOCKS = 3
 GRID = 4  # cells a side left of an image: exact for 32 x 32, pooled from larger ones
-SMALLEST = 2 ** len(WIDTHS)  # pixels a side; every block halves them
+SMALLEST = 2**BLOCKS  # pixels a side; every block halves them
 
 
 class EmbeddingNet(nn.Module):
@@ -21,21 +22,23 @@ class EmbeddingNet(nn.Module):
     Args:
         channels: 1 for gray images, 3 for colour.
         dim: width of an embedding.
+        filters: channels of the first block; every other has twice as many as the one before.
 
     Raises:
         ValueError: from a call, for images of fewer than 8 pixels a side.
     """
 
-    def __init__(self, channels: int, dim: int = 128) -> None:
+    def __init__(self, channels: int, dim: int = 128, filters: int = 16) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
-        for before, after in pairwise((channels, *WIDTHS)):
+        widths = [filters * 2**block for block in range(BLOCKS)]
+        for before, after in pairwise((channels, *widths)):
             # No bias: the BatchNorm that follows would take it out again. Pooling and ReLU commute, and pooling first
             # leaves ReLU a quarter of the pixels.
             conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
             blocks += [conv, nn.BatchNorm2d(after), nn.MaxPool2d(2), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(GRID), nn.Flatten())
-        self.embed = nn.Linear(WIDTHS[-1] * GRID**2, dim, bias=False)
+        self.embed = nn.Linear(widths[-1] * GRID**2, dim, bias=False)
         self.norm = nn.BatchNorm1d(dim, affine=False)
         # 1.6 times as fast as the default layout on a CPU.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What a training run depends on, with the quickstart's recipe as defaults."""
+"""What a training run depends on; what is not given is as the loss's recipe has it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from typing import Any
 import torch
 
 from fastret.ops.checks import check_positive
-from fastret.training.losses import training_loss
+from fastret.training.losses import Recipe, training_loss
+
+# Stands for a value of the loss's recipe, which takes its place when the options are made: nobody reads it from them.
+_AS_RECIPE: Any = None
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of a run; equal ones give equal weights on the same machine with the same number of threads.
 
+    iterations, batch_classes, samples_per_class, temperature, filters, lr and proxy_lr are by default as `Recipe` has
+    them for the loss.
+
     Attributes:
-        data: "glyphs", a directory with one folder of images a class, or an .npz of scripts/render_glyphs.py.
+        data: a name in `fastret.training.sources.SOURCES`, a directory with one folder of images a class, or an .npz of
+            scripts/render_glyphs.py.
         loss: a name in `fastret.training.losses.LOSSES`.
         output: folder of checkpoint.pt, metrics.json and plot.png.
         iterations: number of batches.
         batch_classes: classes of a batch; all there are where the data has fewer.
         samples_per_class: images of each class in a batch.
-        temperature: of the loss, in units of the cosine; multi-similarity has none.
+        temperature: of the loss, in units of the cosine; None for a loss without one.
+        filters: channels of the network's first block; the other two have twice and four times as many.
         lr: AdamW's learning rate at the start; it falls to 0 along a cosine.
+        proxy_lr: likewise, of the loss's own parameters; None for a loss without any.
         seed: of the weights, the batches and the augmentation.
         checkpoint_every: iterations between two checkpoints.
         threads: CPU threads; None: as torch has it.
@@ -39,11 +48,13 @@ class TrainOptions:
     data: str = "glyphs"
     loss: str = "smooth-ap"
     output: str = "runs/train"
-    iterations: int = 150
-    batch_classes: int = 256
-    samples_per_class: int = 4
-    temperature: float = 0.01
-    lr: float = 4e-3
+    iterations: int = _AS_RECIPE
+    batch_classes: int = _AS_RECIPE
+    samples_per_class: int = _AS_RECIPE
+    temperature: float | None = None
+    filters: int = _AS_RECIPE
+    lr: float = _AS_RECIPE
+    proxy_lr: float | None = None
     seed: int = 0
     checkpoint_every: int = 50
     threads: int | None = None
@@ -51,16 +62,30 @@ class TrainOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        training_loss(self.loss)
-        least = {"iterations": 1, "batch_classes": 2, "samples_per_class": 2, "checkpoint_every": 1}
+        loss = training_loss(self.loss)
+        for field in fields(Recipe):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, getattr(loss.recipe, field.name))
+        least = {
+            "iterations": 1,
+            "batch_classes": 2,
+            "samples_per_class": loss.least_samples,
+            "filters": 1,
+            "checkpoint_every": 1,
+        }
         for name, smallest in (least if self.threads is None else {**least, "threads": 1}).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
             if value < smallest:
                 raise ValueError(f"{name}: expected at least {smallest}, got {value}")
-        check_positive(self.temperature, "temperature")
         check_positive(self.lr, "lr")
+        for name, part in (("temperature", "temperature"), ("proxy_lr", "proxies")):
+            value = getattr(self, name)
+            if value is not None and getattr(loss.recipe, name) is None:
+                raise ValueError(f"{name}: expected none, as {self.loss} has no {part}, got {value}")
+            if value is not None:
+                check_positive(value, name)
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -31,10 +31,10 @@ def write_plot(report: Report, folder: Path) -> None:
     loss.set_ylabel("loss (log scale)")
     loss.grid(which="major", alpha=0.3)
 
-    names = ("R@1", "MAP@R")
+    names = ("R@1", "R@10", "MAP@R")
     bars_of = ((-0.2, "untrained", BEFORE, report.before), (0.2, "trained", AFTER, report.after))
     for offset, label, color, found in bars_of:
-        percent = [100 * found.recall_at_1, 100 * found.map_at_r]
+        percent = [100 * found.recall_at_1, 100 * found.recall_at_10, 100 * found.map_at_r]
         bars = retrieval.bar([i + offset for i in range(len(names))], percent, 0.38, color=color, label=label)
         retrieval.bar_label(bars, fmt="%.1f", padding=2)
     retrieval.set_title(f"Retrieval of {report.held_out.classes:,} unseen classes")

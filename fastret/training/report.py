@@ -37,10 +37,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time spent in training steps, and of that in the loss's forward and backward."""
+    """Time spent in training steps, of that in the loss's forward and backward, and before them in initialising it."""
 
     training: float
     loss: float
+    initialising: float
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Memory:
     loss: Peak
     official_bytes: int
 
-    def describe(self, official: str, rows: int) -> str:
-        """Both for people, ``official`` being what the replaced code stores for a batch of ``rows``."""
-        needs = f"{official} need {_size(self.official_bytes)} at N = {rows:,}"
+    def describe(self, official: str, sizes: str) -> str:
+        """Both for people, ``official`` being what the replaced code stores for a batch of ``sizes``."""
+        needs = f"{official} need {_size(self.official_bytes)} at {sizes}"
         peak = self.loss
         return f"{f'not measured: {peak.problem}' if peak.bytes is None else _size(peak.bytes)}; {needs}"
 
@@ -82,17 +83,23 @@ class Report:
         """The summary printed at the end of a run."""
         options, rows = self.options, self.batch_classes * self.options.samples_per_class
         share = self.seconds.loss / self.seconds.training
+        times = f"{self.seconds.training:.1f} s, the loss {self.seconds.loss:.1f} s ({share:.1%})"
+        if self.seconds.initialising:
+            times += f"; initialising it {self.seconds.initialising:.1f} s"
+        loss = training_loss(options.loss)
+        sizes = loss.official_at.format(rows=rows, classes=self.train.classes)
         return "\n".join(
             [
                 f"Held out: {self.held_out}, never trained on",
                 f"{'':10}{'untrained':>12}{'trained':>12}",
                 f"{'R@1':10}{percent(self.before.recall_at_1):>12}{percent(self.after.recall_at_1):>12}",
+                f"{'R@10':10}{percent(self.before.recall_at_10):>12}{percent(self.after.recall_at_10):>12}",
                 f"{'MAP@R':10}{percent(self.before.map_at_r):>12}{percent(self.after.map_at_r):>12}",
                 "",
                 f"{options.loss}, {options.iterations:,} batches of {rows:,} images "
                 f"({self.batch_classes:,} classes x {options.samples_per_class}), {options.device}",
-                f"  training     {self.seconds.training:.1f} s, the loss {self.seconds.loss:.1f} s ({share:.1%})",
-                f"  loss memory  {self.memory.describe(training_loss(options.loss).official, rows)}",
+                f"  training     {times}",
+                f"  loss memory  {self.memory.describe(loss.official, sizes)}",
             ]
         )
 

@@ -50,17 +50,18 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
     say(f"{options.data}: training on {Part.of(trainer.data)}; held out {Part.of(held_out)}")
     if state is None:
         before = evaluate(trainer.model, held_out, options.device)
+        trainer.initialise()
     else:
         before = Retrieval(**state["before"])
         trainer.load_state_dict(state["trainer"])
         say(f"resumed after {trainer.iteration} of {options.iterations} iterations")
-    say(f"untrained: R@1 {before.recall_at_1:.1%}, MAP@R {before.map_at_r:.1%}")
+    say(f"untrained: R@1 {before.recall_at_1:.1%}, R@10 {before.recall_at_10:.1%}, MAP@R {before.map_at_r:.1%}")
 
     _iterate(trainer, before)
 
-    width = trainer.model.embed.out_features
-    job = Job(options.loss, trainer.settings, trainer.batch_rows, width, options.device, torch.get_num_threads())
-    official_bytes = training_loss(options.loss).official_bytes(trainer.batch_rows, options.samples_per_class)
+    rows, settings = trainer.batch_rows, trainer.settings
+    job = Job(options.loss, settings, rows, options.device, torch.get_num_threads())
+    official_bytes = training_loss(options.loss).official_bytes(rows, settings)
     report = Report(
         options=options,
         train=Part.of(trainer.data),
@@ -69,7 +70,7 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
         before=before,
         after=evaluate(trainer.model, held_out, options.device),
         history=trainer.history,
-        seconds=Seconds(trainer.seconds, trainer.loss_seconds),
+        seconds=Seconds(trainer.seconds, trainer.loss_seconds, trainer.initialise_seconds),
         memory=Memory(measure_peak(job), official_bytes),
     )
     say(f"\n{report.table()}\n")

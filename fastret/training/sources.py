@@ -1,11 +1,29 @@
 """The image sets that `fastret train` knows, by name, and those it finds on disk. A new one is one entry of SOURCES."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fastret.data import ImageSet, load_folder, load_glyphs
+from fastret.data.glyphs import rendered_file
 
-SOURCES: dict[str, Callable[[], ImageSet]] = {"glyphs": load_glyphs}
+
+def _rendered(name: str, glyph_set: str) -> ImageSet:
+    """A set that scripts/render_glyphs.py renders: too large to ship."""
+    path = rendered_file(glyph_set)
+    if not path.is_file():
+        raise ValueError(
+            f"data: {name} is not at {path}; in a checkout of fastret, python scripts/render_glyphs.py {glyph_set} "
+            "renders it (needs apt-get and dpkg, or --font-dir; pip install 'fastret[data]')"
+        )
+    return load_glyphs(path)
+
+
+SOURCES: dict[str, Callable[[], ImageSet]] = {
+    "glyphs": load_glyphs,
+    "glyphs-s": partial(_rendered, "glyphs-s", "s"),
+    "cjk": partial(_rendered, "cjk", "l"),
+}
 
 
 def open_data(name: str) -> ImageSet:
@@ -23,7 +41,7 @@ def open_data(name: str) -> ImageSet:
         data = load_glyphs(name)
     else:
         raise ValueError(
-            f"data: expected {' or '.join(SOURCES)}, a directory with one folder of images a class, "
+            f"data: expected {', '.join(SOURCES)}, a directory with one folder of images a class, "
             f"or an .npz of scripts/render_glyphs.py, got {name!r}"
         )
     held_out = len(data.class_names) - data.train_classes

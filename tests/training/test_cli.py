@@ -11,6 +11,7 @@ import torch
 import fastret
 from fastret import cli
 from fastret.training import TrainOptions
+from fastret.training.losses import LOSSES
 from fastret.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_memory_process")
@@ -69,7 +70,9 @@ def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", "nowhere"], "data: expected glyphs, a directory"),
+        (["train", "--data", "nowhere"], "data: expected glyphs, glyphs-s, cjk, a directory"),
+        (["train", "--data", "cjk", "--loss", "proxy-nca"], "python scripts/render_glyphs.py l renders it"),
+        (["train", "--data", "glyphs-s"], "python scripts/render_glyphs.py s renders it"),
         (["train", "--lr", "0"], "lr: expected a positive"),
         (["train", "--iterations", "0"], "iterations: expected at least 1, got 0"),
         (["train", "--iterations", "many"], "argument --iterations: invalid int value: 'many'"),
@@ -88,6 +91,7 @@ def test_errors_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing has been rendered
     try:
         code: int | str | None = cli.main(arguments)
     except SystemExit as stopped:
@@ -97,6 +101,20 @@ def test_errors_are_one_line(
     assert error.startswith("fastret: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_help_names_the_recipe_of_every_loss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # argparse would break lines within the names
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    recipe = LOSSES["proxy-nca"].recipe
+    assert f"batches to train on (default: 150; {recipe.iterations} with proxy-nca)" in out
+    others = f"0.1 with nt-xent, 0.1 with sup-con, {recipe.temperature} with proxy-nca"
+    assert f"temperature of the loss (default: 0.01; {others})" in out
+    assert f"its proxies (default: {recipe.proxy_lr} with proxy-nca)" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

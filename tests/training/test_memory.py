@@ -13,8 +13,9 @@ from fastret.training.memory import Job, measure_peak
 
 
 def _job(impl: str, **changed: object) -> Job:
-    plain = {"loss": "smooth-ap", "rows": 256, "width": 32, "device": "cpu", "threads": 1}
-    return Job(settings=LossSettings(0.01, 4, impl), **{**plain, **changed})
+    settings = LossSettings(0.01, 4, impl, classes=64, width=32)
+    plain = {"loss": "smooth-ap", "settings": settings, "rows": 256, "device": "cpu", "threads": 1}
+    return Job(**{**plain, **changed})
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -28,9 +29,27 @@ def test_the_definition_needs_what_it_materialises() -> None:
 
 
 def test_what_other_codes_need_for_a_thousand_rows() -> None:
-    needed = {name: loss.official_bytes(1024, 4) for name, loss in LOSSES.items()}
-    expected = {"smooth-ap": 39.1e9, "nt-xent": 54.5e9, "sup-con": 47.4e6, "multi-similarity": 71.3e6}
-    assert needed == pytest.approx(expected, rel=1e-3)
+    settings = LossSettings(0.1, 4, None, classes=20_902, width=128)
+    needed = {name: loss.official_bytes(1024, settings) for name, loss in LOSSES.items()}
+    expected = {
+        "smooth-ap": 39.1e9,
+        "nt-xent": 54.5e9,
+        "sup-con": 47.4e6,
+        "multi-similarity": 71.3e6,
+        "proxy-nca": 12.3e9,
+    }
+    assert needed == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_gradient_of_the_proxies_is_counted() -> None:
+    """And neither the proxies themselves nor anything of B x C: no more than a few of its size."""
+    settings = LossSettings(0.05, 1, None, classes=50_000, width=128)
+    found = measure_peak(_job("auto", loss="proxy-nca", settings=settings, rows=8))
+    assert found.problem is None
+    assert found.bytes is not None
+    gradient = 4 * settings.classes * settings.width
+    assert gradient < found.bytes < 4 * gradient
 
 
 def test_a_failing_measurement_says_why() -> None:

@@ -17,6 +17,11 @@ def test_embeds_images_of_any_size(channels: int, size: tuple[int, int]) -> None
     torch.testing.assert_close(embeddings.mean(0), torch.zeros(24), atol=1e-4, rtol=0)
 
 
+def test_filters_widen_every_block() -> None:
+    convolutions = [layer for layer in EmbeddingNet(1, filters=24).features if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [24, 48, 96]
+
+
 def test_evaluation_does_not_depend_on_the_rest_of_the_batch() -> None:
     model = EmbeddingNet(1).eval()
     images = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8)

@@ -40,7 +40,7 @@ def _differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def _trained(folder: str) -> dict[str, Any]:
-    """The trainer's last state without its times."""
+    """The trainer's last state without its times: network, proxies, optimizer and what draws the next batch."""
     state = load_checkpoint(Path(folder))["trainer"]
     return {name: value for name, value in state.items() if not name.endswith("seconds")}
 
@@ -66,7 +66,7 @@ def test_learns_to_retrieve_unseen_classes(options: Build) -> None:
 
 
 def test_learns_with_nt_xent(options: Build) -> None:
-    report = train(options(loss="nt-xent", temperature=0.1, iterations=12, batch_classes=40), say=_silent)
+    report = train(options(loss="nt-xent", iterations=12, batch_classes=40), say=_silent)
     assert report.after.map_at_r > report.before.map_at_r + 0.2
     assert report.history[-1] < report.history[0] - 1
     assert "tables of positive x negative pairs need" in report.table()
@@ -89,12 +89,13 @@ def test_random_state_of_the_caller_is_kept(options: Build) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("loss", ["smooth-ap", "proxy-nca"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_resumed_run_equals_an_uninterrupted_one(
-    stop: int, options: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, loss: str, options: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = (
-        options(output=str(tmp_path / name), iterations=6, checkpoint_every=4) for name in ("whole", "parts")
+        options(loss=loss, output=str(tmp_path / name), iterations=6, checkpoint_every=4) for name in ("whole", "parts")
     )
     expected = train(whole, say=_silent)
     with monkeypatch.context() as patch:
@@ -136,14 +137,16 @@ def test_metrics_and_plot_are_written(options: Build) -> None:
     assert metrics["batch_classes"] == 16
     assert metrics["history"] == report.history
     assert len(report.history) == 4
-    assert 0 <= metrics["before"]["map_at_r"] <= metrics["before"]["recall_at_1"] <= 1
+    before = metrics["before"]
+    assert 0 <= before["map_at_r"] <= before["recall_at_1"] <= before["recall_at_10"] <= 1
+    assert metrics["seconds"]["initialising"] == 0
     assert 0 < metrics["seconds"]["loss"] < metrics["seconds"]["training"]
     assert metrics["memory"] == {"loss": {"bytes": 12_345, "problem": None}, "official_bytes": round(9.1 * 4 * 64**3)}
     assert {"fastret", "torch", "threads"} < metrics["versions"].keys()
     assert (chosen.folder() / "plot.png").read_bytes().startswith(PNG)
     assert sorted(file.name for file in chosen.folder().iterdir()) == ["checkpoint.pt", "metrics.json", "plot.png"]
     said = "\n".join(lines)
-    for part in ("40 classes, 160 images", "R@1", f"{report.after.map_at_r:.1%}", "12.3 kB", "9.54 MB"):
+    for part in ("40 classes, 160 images", "R@1", "R@10", f"{report.after.map_at_r:.1%}", "12.3 kB", "9.54 MB"):
         assert part in said
 
 
@@ -208,7 +211,7 @@ def test_resuming_with_other_options_is_refused(options: Build) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_trains(name: str, options: Build) -> None:
     lines: list[str] = []
-    report = train(options(loss=name, temperature=0.1, iterations=30), say=lines.append)
+    report = train(options(loss=name, iterations=30), say=lines.append)
     assert sum(report.history[-5:]) < sum(report.history[:5])
     assert LOSSES[name].official in "\n".join(lines)
 
@@ -230,9 +233,18 @@ def test_diverging_loss_is_reported(options: Build, monkeypatch: pytest.MonkeyPa
         ({"iterations": 1.5}, TypeError, "iterations: expected an integer, got float"),
         ({"batch_classes": 1}, ValueError, "batch_classes: expected at least 2, got 1"),
         ({"samples_per_class": 1}, ValueError, "samples_per_class: expected at least 2, got 1"),
+        ({"filters": 0}, ValueError, "filters: expected at least 1, got 0"),
         ({"threads": 0}, ValueError, "threads: expected at least 1, got 0"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a positive"),
         ({"lr": -1.0}, ValueError, "lr: expected a positive"),
+        (
+            {"loss": "multi-similarity", "temperature": 0.1},
+            ValueError,
+            "temperature: expected none, as multi-similarity has no temperature, got 0.1",
+        ),
+        ({"proxy_lr": 1.0}, ValueError, "proxy_lr: expected none, as smooth-ap has no proxies, got 1.0"),
+        ({"loss": "proxy-nca", "proxy_lr": 0.0}, ValueError, "proxy_lr: expected a positive"),
+        ({"loss": "proxy-nca", "samples_per_class": 0}, ValueError, "samples_per_class: expected at least 1, got 0"),
         ({"device": "tpu"}, ValueError, "device: expected cpu or cuda, got 'tpu'"),
     ],
 )
