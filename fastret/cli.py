@@ -51,7 +51,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         default = DEFAULT[name]
         if name in BY_LOSS:
             of = {loss: getattr(entry.recipe, name) for loss, entry in LOSSES.items()}
-            usual = of.pop(DEFAULT["loss"])
+            usual = of.pop(TrainOptions.loss)
             others = ", ".join(f"{value} with {loss}" for loss, value in of.items() if value not in (None, usual))
             default = "; ".join(str(part) for part in (usual, others) if part)
         text = text if default is None else f"{text} (default: {default})"
