@@ -30,9 +30,10 @@ def test_phi_over_its_whole_range(dtype: torch.dtype, name: str) -> None:
     gap = torch.cat([torch.logspace(-20, 1.9, 150, dtype=F64), torch.linspace(0.6, 0.8, 51, dtype=F64)])
     z = torch.cat([-gap, torch.zeros(1, dtype=F64), gap[:20], torch.tensor([-20, -40], dtype=F64)]).to(dtype)
     eps = torch.finfo(dtype).eps
-    coincide = -z < eps
+    floor = phi.resolution(name, dtype)
+    coincide = -z < floor
     # in float64 with the floor of the dtype
-    floored = torch.where(coincide, -eps, z.to(F64))
+    floored = torch.where(coincide, -floor, z.to(F64))
     expected = [phi.value(name, floored), phi.slope(name, floored)]
     if name == "hinge":
         expected = [z.clamp_min(0).to(F64), (z > 0).to(F64)]
