@@ -8,6 +8,7 @@
 // Two tiles that are worked at once share no rows and no columns (plan.h), so that every sum has one writer.
 #include "masked_lse.h"
 
+#include "centers.h"
 #include "gemm.h"
 #include "levels.h"
 #include "pack.h"
@@ -19,7 +20,7 @@ FASTRET_ISA_BEGIN
 
 template <class T> struct ThreadSpace {
   T *tile, *turned;          // products of a tile, and its scores' transpose
-  T* levels;                 // scores of each of several levels; those of one are its products
+  T* levels;                 // scores of each of several levels; those of one are its products; products of centres
   T *logits, *a, *b;         // one row
   T* gemm;
   static int64_t row_elements(const Plan& p) { return std::max(p.row_block, p.col_block); }
@@ -41,7 +42,7 @@ template <class T> struct ThreadSpace {
 template <class T> class MaskedLse {
  public:
   explicit MaskedLse(const MaskedLseWork& w)
-      : w_(w), p_(w.problem), n_(p_.x.rows), m_(p_.y.rows), d_(p_.x.cols), x_(static_cast<T*>(w.x)),
+      : w_(w), p_(w.problem), n_(p_.x.rows), m_(p_.columns()), d_(p_.x.cols), x_(static_cast<T*>(w.x)),
         y_(static_cast<T*>(w.y)), dx_(static_cast<T*>(w.dx)), dy_(static_cast<T*>(w.dy)) {}
 
   void forward() {
@@ -53,7 +54,7 @@ template <class T> class MaskedLse {
       poison += pack();
       for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) {
         for (int64_t k = 0; k < w_.level_count; ++k) {
-          T* scores = score_tile(t, k, space);
+          T* scores = score_tile(t, k, space, false);
           for_sides(t, k, scores, space, [&](const Side& side) { reduce_side(side, space); });
         }
       });
@@ -68,7 +69,7 @@ template <class T> class MaskedLse {
       const ThreadSpace<T> space(w_, thread_number());
       pack();
       clear(dx_, n_ * d_);
-      if (!p_.symmetric) clear(dy_, m_ * d_);
+      if (!p_.symmetric) clear(dy_, p_.y.rows * d_);
       for_tiles(n_, m_, w_.plan, p_.symmetric, [&](const Tile& t) { gradient_tile(t, space); });
       deliver(dx, dx_, x_, static_cast<T*>(w_.x_norm), &LseLevelWork::x);
       if (!p_.symmetric) deliver(dy, dy_, y_, static_cast<T*>(w_.y_norm), &LseLevelWork::y);
@@ -96,12 +97,24 @@ template <class T> class MaskedLse {
     return poison;
   }
 
+  CenterTile<T> center_tile(const Tile& t, const ThreadSpace<T>& space) const {
+    return {space.levels, t.rows(), t.cols(), w_.plan.col_block, w_.plan.row_block * w_.plan.col_block};
+  }
+  const T* center_rows(const Tile& t) const { return y_ + t.col * p_.centers.count * d_; }
+
   T* level_tile(int64_t k, const ThreadSpace<T>& space) const {
     return w_.level_count == 1 ? space.tile : space.levels + k * w_.plan.row_block * w_.plan.col_block;
   }
 
   // Scores of a level: its features join the product of those before it. Rows are padded by zeros.
-  T* score_tile(const Tile& t, int64_t k, const ThreadSpace<T>& space) const {
+  T* score_tile(const Tile& t, int64_t k, const ThreadSpace<T>& space, bool slopes) const {
+    if (p_.centers.count > 1) {
+      const CenterTile<T> products = center_tile(t, space);
+      multiply_centers(p_.centers, products, d_, x_ + t.row * d_, center_rows(t), space.gemm);
+      reduce_centers(p_.centers, products, space.tile, slopes);
+      pad(space.tile, w_.plan.col_block, t.rows(), t.cols());
+      return space.tile;
+    }
     const LseLevelWork& level = w_.levels[k];
     const int64_t begin = level.begin, stride = w_.plan.col_block;
     T* scores = level_tile(k, space);
@@ -249,13 +262,18 @@ template <class T> class MaskedLse {
   void gradient_tile(const Tile& t, const ThreadSpace<T>& space) const {
     const int64_t stride = w_.plan.col_block, last = w_.level_count - 1;
     for (int64_t k = 0; k <= last; ++k) {
-      T* scores = score_tile(t, k, space);
+      T* scores = score_tile(t, k, space, true);
       for_sides(t, k, scores, space, [&](const Side& side) {
         for (int64_t r = 0; r < side.rows; ++r)
           weigh_row(side.level, side.span(r, p_.first_column), side.at(r), space);
       });
       if (t.two_sided) transpose<true>(space.turned, w_.plan.row_block, t.cols(), t.rows(), scores, stride);
       slopes_of_products(t, w_.levels[k], space.tile, stride, scores);
+    }
+    if (p_.centers.count > 1) {
+      T *dx = dx_ ? dx_ + t.row * d_ : nullptr, *dy = dy_ ? dy_ + t.col * p_.centers.count * d_ : nullptr;
+      return differentiate_centers(p_.centers, center_tile(t, space), space.tile, d_, x_ + t.row * d_, center_rows(t),
+                                   dx, dy, true, space.gemm);
     }
     for (int64_t k = last; k >= 0; --k) {
       const int64_t begin = w_.levels[k].begin, width = w_.levels[k].end - begin;

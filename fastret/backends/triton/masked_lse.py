@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastret.backends.pairs import Circulant, Dense, Gradients, Head, Indexed, Masked, Need, PairMask, Shifted, Target
+from fastret.backends.registry import Call
 from fastret.backends.rows import PackedRows, accumulation_dtype, poison
 from fastret.backends.triton.rows import pack_padded, padded, total
 from fastret.kernels.triton import config, pairs
@@ -188,6 +189,11 @@ def _problems(
             chosen = [heads[k] for k in these]
             heavy = any(map(_by_threshold, chosen)) or sum(map(_conditions, chosen)) > CONDITIONS
             yield _Problem(u, v, chosen, these, heavy, first_column, columns)
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    return "the Triton kernels reduce no sub-centres; impl='tiled' does" if "centers" in call.options else None
 
 
 def forward(
