@@ -69,11 +69,13 @@ def soft_triple(
     _check_soft_triple(la, gamma, margin, tau)
     classes, count, _ = proxies.shape
     rows = proxies.flatten(0, 1)
-    losses = margin_losses(x, rows, labels, lambda s: s - margin, la, impl, centers=count, center_temperature=gamma)
+    regulariser: float | Tensor = 0.0
     if tau and count > 1:
         chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl, ("centers",))
-        spread = center_distances(rows, count, impl=chosen).sum() / (classes * count * (count - 1))
-        losses = losses + tau * spread
+        rows, distances = center_distances(rows, count, impl=chosen)
+        regulariser = tau * distances.sum() / (classes * count * (count - 1))
+    losses = margin_losses(x, rows, labels, lambda s: s - margin, la, impl, centers=count, center_temperature=gamma)
+    losses = losses + regulariser
     return reduce_valid(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
 
 

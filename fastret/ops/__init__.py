@@ -1,7 +1,6 @@
 """Floor 3: differentiable reductions over a pair matrix that is never stored. One file per reduction."""
 
 from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted
-from fastret.ops.center_distances import center_distances
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
 from fastret.ops.pair_dot import pair_dot, positive_pairs
@@ -19,7 +18,6 @@ __all__ = [
     "PairMask",
     "RankSums",
     "Shifted",
-    "center_distances",
     "masked_lse",
     "masked_lse_sum",
     "pair_dot",

@@ -15,7 +15,7 @@ from fastret import functional as F
 from fastret.backends import registry
 from fastret.backends.registry import Call
 from fastret.losses.proxies import ProxyLoss
-from fastret.ops import center_distances
+from fastret.ops.center_distances import center_distances
 
 F64 = torch.float64
 FUSED = [
@@ -324,9 +324,43 @@ def test_center_distances(impl: str, centers: int, monkeypatch: pytest.MonkeyPat
     units = normalize(w).view(13, centers, 4)
     pairs = [(s, t) for s in range(centers) for t in range(s)]
     expected = torch.stack([sum(((u[s] - u[t]).norm() for s, t in pairs), 0 * u.sum()) for u in units])
-    same(center_distances(w, centers, impl=impl), expected, (w,))
-    assert torch.autograd.gradcheck(lambda w: center_distances(w, centers, impl=impl).sin(), w)
-    assert torch.equal(center_distances(w[:0], centers, impl=impl), w.new_zeros(0).detach())
+    rows, sums = center_distances(w, centers, impl=impl)
+    assert torch.equal(rows, w)
+    same(sums, expected, (w,))
+    weight = torch.randn_like(w)
+    same((rows.square() * weight).sum() + sums.sin().sum(), (w.square() * weight).sum() + expected.sin().sum(), (w,))
+
+    def run(w: Tensor) -> Tensor:
+        rows, sums = center_distances(w, centers, impl=impl)
+        return (rows.square() * weight).sum() + sums.sin().sum()
+
+    assert torch.autograd.gradcheck(run, w)
+    torch.testing.assert_close(torch.func.grad(run)(w.detach()), torch.autograd.grad(run(w), w)[0])
+    assert center_distances(w[:0], centers, impl=impl)[1].shape == (0,)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_dense_gradient_of_the_centers(autocast: bool) -> None:
+    """The reduction's own gradient, with the regulariser's added to it, is what the parameter gets."""
+    p = torch.randn(6, 4, requires_grad=True)
+    made = []
+
+    class Reduction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, rows: Tensor) -> Tensor:
+            return rows.sum()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            made.append(torch.full((6, 4), 3.0))
+            return made[0]
+
+    rows, sums = center_distances(p, 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (gradient,) = torch.autograd.grad(Reduction.apply(rows) + sums.sum(), p)
+    assert gradient.data_ptr() == made[0].data_ptr()
+    (expected,) = torch.autograd.grad(center_distances(p, 3, impl="reference")[1].sum(), p)
+    torch.testing.assert_close(gradient, expected + 3)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -335,7 +369,7 @@ def test_close_centers_keep_their_direction(impl: str, gap: float) -> None:
     """In float32, where sqrt(2 - 2 cos) would have lost it: 2 - 2 cos is 1e-6 and 1e-10 here."""
     w = normalize(torch.randn(8, 1, 6) + gap * torch.randn(8, 2, 6), dim=2).flatten(0, 1).requires_grad_()
     exact = w.detach().to(F64).requires_grad_()
-    value, expected = center_distances(w, 2, impl=impl), center_distances(exact, 2, impl="reference")
+    value, expected = center_distances(w, 2, impl=impl)[1], center_distances(exact, 2, impl="reference")[1]
     tolerance = 4 * torch.finfo(torch.float32).eps / gap
     torch.testing.assert_close(value.to(F64), expected, rtol=tolerance, atol=0)
     (gradient,), (wanted,) = (torch.autograd.grad(v.sum(), leaf) for v, leaf in ((value, w), (expected, exact)))
@@ -345,7 +379,7 @@ def test_close_centers_keep_their_direction(impl: str, gap: float) -> None:
 def test_center_distances_is_a_registered_operator() -> None:
     w, grad = torch.randn(12, 3), torch.randn(4)
     torch.library.opcheck(torch.ops.fastret.center_distances.default, (w, 3))
-    torch.library.opcheck(torch.ops.fastret.center_distances_backward.default, (grad, w, 3))
+    torch.library.opcheck(torch.ops.fastret.center_distances_backward.default, (w, grad, w, 3))
 
 
 X, P = torch.randn(9, D), torch.randn(C, K, D)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastret.backends.rows import PackedRows, accumulation_dtype, pack_rows
 
-ELEMENTS = 1 << 20
+ELEMENTS = 1 << 18  # the few tensors of this size that a piece needs stay in a cache
 
 
 def forward(w: Tensor, centers: int) -> Tensor:
@@ -19,15 +19,14 @@ def forward(w: Tensor, centers: int) -> Tensor:
     return result
 
 
-def backward(grad: Tensor, w: Tensor, centers: int) -> Tensor:
-    """Gradient of the rows from that of the sums: d/du_s = g sum over t of (u_s - u_t) / |u_s - u_t|."""
-    result = torch.empty_like(w, memory_format=torch.contiguous_format)
+def add_gradient(dw: Tensor, grad: Tensor, w: Tensor, centers: int) -> None:
+    """Onto dw, the gradient of the rows from that of the sums: du_s = g sum over t of (u_s - u_t) / |u_s - u_t|."""
+    wide = accumulation_dtype(w.dtype)
     for classes, rows, packed in _pieces(w, centers):
         u, distances = _distances(packed, centers)
-        weight = torch.where(distances == 0, 0, 1 / distances).mul_(grad[classes, None, None])
+        weight = distances.reciprocal().masked_fill_(distances == 0, 0).mul_(grad[classes, None, None])
         du = u * weight.sum(2, keepdim=True) - weight @ u
-        result[rows] = packed.gradient(du.flatten(0, 1), w.dtype)
-    return result
+        dw[rows] += packed.gradient(du.flatten(0, 1), wide)
 
 
 def _pieces(w: Tensor, centers: int) -> Iterator[tuple[slice, slice, PackedRows]]:
@@ -36,8 +35,7 @@ def _pieces(w: Tensor, centers: int) -> Iterator[tuple[slice, slice, PackedRows]
     for first in range(0, count // centers, step):
         classes = slice(first, min(count // centers, first + step))
         rows = slice(centers * classes.start, centers * classes.stop)
-        order = torch.arange(rows.stop - rows.start, device=w.device)
-        yield classes, rows, pack_rows(w[rows], order, normalize=True)
+        yield classes, rows, pack_rows(w[rows], slice(None), normalize=True)
 
 
 def _distances(packed: PackedRows, centers: int) -> tuple[Tensor, Tensor]:
