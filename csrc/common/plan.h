@@ -13,7 +13,7 @@ struct Plan {
 
 // Tiles stay in L2 and leave every thread a block pair a round; multiples of 32 keep vectors full.
 // Measured (AVX-512, D = 512): 128 up to a thousand rows, 256 above; a tile of 256 at N = 512 idles a thread.
-// With centres a column has as many products, in tiles of their own: those of a block of columns stay in L2 together.
+// With centres a column has as many products, in tiles of their own, which stay in L2 together.
 inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads, int64_t centers = 1) {
   auto block = [](int64_t size, int64_t pieces) {
     const int64_t even = (size + pieces - 1) / pieces;
@@ -25,7 +25,9 @@ inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads, int64_t cent
     return {b, b};
   }
   const int64_t rows = block(n, t == 1 ? 1 : 2 * t), cols = block(m, t == 1 ? 1 : 2 * t);
-  return {rows, centers == 1 ? cols : std::clamp<int64_t>(512 / centers / 32 * 32, 32, cols)};
+  if (centers == 1) return {rows, cols};
+  const int64_t classes = std::clamp<int64_t>(512 / centers / 32 * 32, 32, cols);
+  return {std::clamp<int64_t>((1 << 17) / (classes * centers) / 32 * 32, 32, rows), classes};
 }
 
 // Tiles of a column block: of scores, and of the products of several centres.
