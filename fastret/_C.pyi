@@ -62,6 +62,7 @@ def masked_lse_forward(
     first_column: int,
     threads: int,
     results: list[tuple[ArrayTuple, ArrayTuple]],
+    centers: tuple[int, float],
     /,
 ) -> None: ...
 def masked_lse_backward(
@@ -76,6 +77,7 @@ def masked_lse_backward(
     dx: ArrayTuple | None,
     dy: ArrayTuple | None,
     gradients: list[ParameterTuple],
+    centers: tuple[int, float],
     /,
 ) -> None: ...
 def masked_lse_sweep(
@@ -91,6 +93,7 @@ def masked_lse_sweep(
     dx: ArrayTuple | None,
     dy: ArrayTuple | None,
     gradients: ParameterTuple,
+    centers: tuple[int, float],
     /,
 ) -> None: ...
 def row_extrema(
@@ -125,7 +128,7 @@ def pair_dot_backward(
     dy: ArrayTuple | None,
     /,
 ) -> None: ...
-def sweep_plan(n: int, m: int, d: int, item_bytes: int, threads: int, /) -> tuple[int, int, bool]: ...
+def sweep_plan(n: int, m: int, d: int, item_bytes: int, threads: int, centers: int, /) -> tuple[int, int, bool]: ...
 def plan(n: int, m: int, symmetric: bool, threads: int, /) -> tuple[int, int]: ...
 def window(n: int, m: int, d: int, item_bytes: int, threads: int, /) -> int: ...
 def tournament(blocks: int, /) -> list[list[tuple[int, int]]]: ...

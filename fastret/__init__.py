@@ -26,6 +26,8 @@ from fastret.losses import (
     ProxyNCAPlusPlus,
     SmoothAP,
     SoftTargetInfoNCE,
+    SoftTriple,
+    SubCenterArcFace,
     SupCon,
 )
 
@@ -47,6 +49,8 @@ __all__ = [
     "ProxyNCAPlusPlus",
     "SmoothAP",
     "SoftTargetInfoNCE",
+    "SoftTriple",
+    "SubCenterArcFace",
     "SupCon",
     "__version__",
     "available_backends",

@@ -13,6 +13,7 @@ from fastret.losses.proxy_nca import proxy_nca
 from fastret.losses.proxy_softmax import normalized_softmax, proxy_nca_plus_plus
 from fastret.losses.smooth_ap import smooth_ap
 from fastret.losses.soft_target import soft_target_info_nce
+from fastret.losses.sub_centers import soft_triple, sub_center_arc_face
 from fastret.losses.sup_con import sup_con
 
 __all__ = [
@@ -32,5 +33,7 @@ __all__ = [
     "proxy_nca_plus_plus",
     "smooth_ap",
     "soft_target_info_nce",
+    "soft_triple",
+    "sub_center_arc_face",
     "sup_con",
 ]

@@ -13,7 +13,8 @@ struct Plan {
 
 // Tiles stay in L2 and leave every thread a block pair a round; multiples of 32 keep vectors full.
 // Measured (AVX-512, D = 512): 128 up to a thousand rows, 256 above; a tile of 256 at N = 512 idles a thread.
-inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads) {
+// With centres a column has as many products, in tiles of their own, which stay in L2 together.
+inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads, int64_t centers = 1) {
   auto block = [](int64_t size, int64_t pieces) {
     const int64_t even = (size + pieces - 1) / pieces;
     return std::clamp<int64_t>((even + 31) / 32 * 32, 32, 256);
@@ -23,35 +24,44 @@ inline Plan plan(int64_t n, int64_t m, bool symmetric, int threads) {
     const int64_t b = block(n, t == 1 ? 1 : 2 * t);
     return {b, b};
   }
-  return {block(n, t == 1 ? 1 : 2 * t), block(m, t == 1 ? 1 : 2 * t)};
+  const int64_t rows = block(n, t == 1 ? 1 : 2 * t), cols = block(m, t == 1 ? 1 : 2 * t);
+  if (centers == 1) return {rows, cols};
+  const int64_t classes = std::clamp<int64_t>(512 / centers / 32 * 32, 32, cols);
+  return {std::clamp<int64_t>((1 << 17) / (classes * centers) / 32 * 32, 32, rows), classes};
 }
 
 // Columns whose rows are packed at a time where all of them would be a copy of a parameter: whole blocks, as many as
-// there are threads at least, since threads of a round work on blocks of their own.
-inline int64_t window(int64_t m, int64_t d, int64_t item_bytes, const Plan& plan, int threads) {
+// there are threads at least, since threads of a round work on blocks of their own. A column has `bytes` of rows.
+inline int64_t window(int64_t m, int64_t bytes, const Plan& plan, int threads) {
   constexpr int64_t kBytes = 1 << 20;
-  const int64_t blocks = kBytes / (plan.col_block * std::max<int64_t>(1, d) * item_bytes);
+  const int64_t blocks = kBytes / (plan.col_block * std::max<int64_t>(1, bytes));
   return std::min(m, std::max<int64_t>(blocks, threads) * plan.col_block);
 }
+
+// Tiles of a column block: of scores, and of the products of several centres.
+inline int64_t planes(int64_t centers) { return centers == 1 ? 1 : 1 + centers; }
 
 // A sweep by columns: blocks of rows, cut by blocks of columns that threads own.
 struct SweepPlan {
   int64_t rows = 0, col_block = 0;
   bool keep = false;  // scores of a block of rows are kept; else they are multiplied twice
+  int64_t tiles = 1;  // of a block of columns
+  int64_t tile_elements() const { return rows * col_block * tiles; }
 };
 
 // What is kept stays in a last-level cache; with fewer than 64 rows products are too thin, and twice is faster. Scores
 // of one tile stay in L2; so do, as far as rows allow, a thread's own sums of a block's dX.
-inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads) {
+inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads, int64_t centers = 1) {
   constexpr int64_t kKeptBytes = 12 << 20, kTileBytes = 512 << 10, kPartBytes = 8 << 20, kThinnest = 64;
-  const int64_t cols = plan(n, m, false, threads).col_block;
-  const int64_t row_bytes = std::max<int64_t>(1, (m + cols - 1) / cols) * cols * item_bytes;
+  const int64_t cols = plan(n, m, false, threads, centers).col_block;
+  const int64_t tile_row_bytes = planes(centers) * cols * item_bytes;
+  const int64_t row_bytes = std::max<int64_t>(1, (m + cols - 1) / cols) * tile_row_bytes;
   const int64_t fit = kKeptBytes / row_bytes;
   const bool keep = fit >= std::min(n, kThinnest);
   const int64_t parts = std::max(kThinnest, kPartBytes / (std::max(1, threads) * d * item_bytes));
-  const int64_t most = std::min({n, parts, keep ? fit : kTileBytes / (cols * item_bytes)});
+  const int64_t most = std::min({n, parts, keep ? fit : std::max<int64_t>(1, kTileBytes / tile_row_bytes)});
   const int64_t blocks = (n + most - 1) / std::max<int64_t>(1, most);
-  return {n == 0 ? 0 : (n + blocks - 1) / blocks, cols, keep};
+  return {n == 0 ? 0 : (n + blocks - 1) / blocks, cols, keep, planes(centers)};
 }
 
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two

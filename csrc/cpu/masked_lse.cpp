@@ -8,6 +8,7 @@
 // Two tiles that are worked at once share no rows and no columns (plan.h), so that every sum has one writer.
 #include "masked_lse.h"
 
+#include "centers.h"
 #include "gemm.h"
 #include "levels.h"
 #include "pack.h"
@@ -19,7 +20,7 @@ FASTRET_ISA_BEGIN
 
 template <class T> struct ThreadSpace {
   T *tile, *turned;          // products of a tile, and its scores' transpose
-  T* levels;                 // scores of each of several levels; those of one are its products
+  T* levels;                 // scores of each of several levels; those of one are its products; products of centres
   T *logits, *a, *b;         // one row
   T* gemm;
   static int64_t row_elements(const Plan& p) { return std::max(p.row_block, p.col_block); }
@@ -41,7 +42,7 @@ template <class T> struct ThreadSpace {
 template <class T> class MaskedLse {
  public:
   explicit MaskedLse(const MaskedLseWork& w)
-      : w_(w), p_(w.problem), n_(p_.x.rows), m_(p_.y.rows), d_(p_.x.cols), x_(static_cast<T*>(w.x)),
+      : w_(w), p_(w.problem), n_(p_.x.rows), m_(p_.columns()), d_(p_.x.cols), x_(static_cast<T*>(w.x)),
         y_(static_cast<T*>(w.y)), dx_(static_cast<T*>(w.dx)), dy_(static_cast<T*>(w.dy)) {}
 
   void forward() {
@@ -55,7 +56,7 @@ template <class T> class MaskedLse {
         poison += pack_y(c);
         for_tiles_of(c, [&](const Tile& t) {
           for (int64_t k = 0; k < w_.level_count; ++k) {
-            T* scores = score_tile(t, c, k, space);
+            T* scores = score_tile(t, c, k, space, false);
             for_sides(t, k, scores, space, [&](const Side& side) { reduce_side(side, space); });
           }
         });
@@ -73,10 +74,11 @@ template <class T> class MaskedLse {
       clear(dx_, n_ * d_);
       for_windows([&](const Columns& c) {
         pack_y(c);
-        T* dy = dy_ && dy_ != dy_out.data ? dy_ - c.begin * d_ : dy_;
-        if (dy && !p_.symmetric) clear(dy + c.begin * d_, (c.end - c.begin) * d_);
+        T* dy = dy_ && dy_ != dy_out.data ? dy_ - row_of(c.begin) * d_ : dy_;
+        if (dy && !p_.symmetric) clear(dy + row_of(c.begin) * d_, row_of(c.end - c.begin) * d_);
         for_tiles_of(c, [&](const Tile& t) { gradient_tile(t, c, dy, space); });
-        if (!p_.symmetric) deliver(dy_out, dy, c.y, c.norms, c.begin, c.end, &LseLevelWork::y);
+        if (!p_.symmetric)
+          deliver(dy_out, dy, c.y, c.norms, row_of(c.begin), row_of(c.end), &LseLevelWork::y);
       });
       deliver(dx_out, dx_, x_, static_cast<T*>(w_.x_norm), 0, n_, &LseLevelWork::x);
     }
@@ -102,7 +104,8 @@ template <class T> class MaskedLse {
   template <class Visit> void for_windows(Visit visit) const {
     T* norms = static_cast<T*>(w_.y_norm);
     for (int64_t begin = 0; begin < m_; begin += w_.window)
-      visit(Columns{begin, std::min(m_, begin + w_.window), y_ - begin * d_, norms ? norms - begin : nullptr});
+      visit(Columns{begin, std::min(m_, begin + w_.window), y_ - row_of(begin) * d_,
+                    norms ? norms - row_of(begin) : nullptr});
   }
 
   template <class Visit> void for_tiles_of(const Columns& c, Visit visit) const {
@@ -123,18 +126,32 @@ template <class T> class MaskedLse {
 
   T pack_y(const Columns& c) const {
     if (p_.symmetric) return 0;
-    const T poison = place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, c.begin, c.end, c.y, c.norms);
+    const T poison =
+        place_rows(p_.y, w_.pack_y, p_.normalize, nullptr, row_of(c.begin), row_of(c.end), c.y, c.norms);
     for (int64_t k = 0; k < w_.level_count; ++k)
       level_factors(c.y, c.norms, c.begin, c.end, d_, w_.levels[k].end, w_.levels[k].y);
     return poison;
   }
+
+  CenterTile<T> center_tile(const Tile& t, const ThreadSpace<T>& space) const {
+    return {space.levels, t.rows(), t.cols(), w_.plan.col_block, w_.plan.row_block * w_.plan.col_block};
+  }
+  // The first of the rows of y that are this column's.
+  int64_t row_of(int64_t column) const { return column * p_.centers.count; }
 
   T* level_tile(int64_t k, const ThreadSpace<T>& space) const {
     return w_.level_count == 1 ? space.tile : space.levels + k * w_.plan.row_block * w_.plan.col_block;
   }
 
   // Scores of a level: its features join the product of those before it. Rows are padded by zeros.
-  T* score_tile(const Tile& t, const Columns& c, int64_t k, const ThreadSpace<T>& space) const {
+  T* score_tile(const Tile& t, const Columns& c, int64_t k, const ThreadSpace<T>& space, bool slopes) const {
+    if (p_.centers.count > 1) {
+      const CenterTile<T> products = center_tile(t, space);
+      multiply_centers(p_.centers, products, d_, x_ + t.row * d_, c.y + row_of(t.col) * d_, space.gemm);
+      reduce_centers(p_.centers, products, space.tile, slopes);
+      pad(space.tile, w_.plan.col_block, t.rows(), t.cols());
+      return space.tile;
+    }
     const LseLevelWork& level = w_.levels[k];
     const int64_t begin = level.begin, stride = w_.plan.col_block;
     T* scores = level_tile(k, space);
@@ -282,13 +299,18 @@ template <class T> class MaskedLse {
   void gradient_tile(const Tile& t, const Columns& c, T* dy, const ThreadSpace<T>& space) const {
     const int64_t stride = w_.plan.col_block, last = w_.level_count - 1;
     for (int64_t k = 0; k <= last; ++k) {
-      T* scores = score_tile(t, c, k, space);
+      T* scores = score_tile(t, c, k, space, true);
       for_sides(t, k, scores, space, [&](const Side& side) {
         for (int64_t r = 0; r < side.rows; ++r)
           weigh_row(side.level, side.span(r, p_.first_column), side.at(r), space);
       });
       if (t.two_sided) transpose<true>(space.turned, w_.plan.row_block, t.cols(), t.rows(), scores, stride);
       slopes_of_products(t, w_.levels[k], space.tile, stride, scores);
+    }
+    if (p_.centers.count > 1) {
+      T *dx = dx_ ? dx_ + t.row * d_ : nullptr, *dy_rows = dy ? dy + row_of(t.col) * d_ : nullptr;
+      return differentiate_centers(p_.centers, center_tile(t, space), space.tile, d_, x_ + t.row * d_,
+                                   c.y + row_of(t.col) * d_, dx, dy_rows, true, space.gemm);
     }
     for (int64_t k = last; k >= 0; --k) {
       const int64_t begin = w_.levels[k].begin, width = w_.levels[k].end - begin;

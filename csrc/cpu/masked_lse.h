@@ -1,5 +1,5 @@
 // masked_lse on the CPU. setup.cpp checks and allocates; masked_lse.cpp and masked_lse_sweep.cpp, once per instruction
-// set, compute. pair_rows.h reads heads. The definition is fastret/backends/reference/masked_lse.py.
+// set, compute. pair_rows.h reads heads, levels.h and centers.h have what is done to products first. The definition is fastret/backends/reference/masked_lse.py.
 #pragma once
 #include <vector>
 
@@ -53,14 +53,22 @@ struct LseLevel {
   int64_t width = 0, heads = 0;
 };
 
+// Rows of y come in groups of so many, the centres of a class, which is a column (centers.h).
+struct Centers {
+  int64_t count = 1;
+  double temperature = 0;  // 0: the greatest score stands for the class
+};
+
 struct MaskedLseProblem {
-  Array x, y;  // (N, D), (M, D); y is x where `symmetric`
+  Array x, y;  // (N, D), (M, D), (M K, D) with K centres; y is x where `symmetric`
   bool symmetric = false;
   bool normalize = true;
   int64_t first_column = 0;  // global number of y's first row
   int threads = 1;
   std::vector<LseHead> heads;
   std::vector<LseLevel> levels;  // widths ascend to D; none: all heads see all features
+  Centers centers;
+  int64_t columns() const { return y.rows / centers.count; }
 };
 
 // Per head, of its axis' length: results of forward; in backward lse with the gradients that arrive (no data: zero).

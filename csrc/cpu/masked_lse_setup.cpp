@@ -81,6 +81,10 @@ void check_problem(const MaskedLseProblem& p, Reduction last = Reduction::invers
   check(p.x, "x", p.x.rows, p.x.cols);
   check(p.y, "y", p.y.rows, p.x.cols, p.x.dtype);
   require(!p.symmetric || (p.y.rows == p.x.rows && p.y.data == p.x.data), "y", "not x itself");
+  const Centers& c = p.centers;
+  require(c.count >= 1 && c.temperature >= 0, "centers", "expected at least 1, and a temperature >= 0");
+  require(p.y.rows % c.count == 0, "y", "expected " + std::to_string(c.count) + " rows a class");
+  require(c.count == 1 || (!p.symmetric && p.levels.size() <= 1), "centers", "expected a gallery, and one level");
   require(p.threads >= 1, "threads", "must be at least 1");
   require(!p.heads.empty(), "heads", "expected at least one");
   check_levels(p);
@@ -88,19 +92,23 @@ void check_problem(const MaskedLseProblem& p, Reduction last = Reduction::invers
   for (size_t k = 0; k < p.heads.size(); ++k) {
     const LseHead& h = p.heads[k];
     const std::string name = "heads[" + std::to_string(k) + "]";
-    check_mask(h.mask, name + ".mask", p.x.rows, p.y.rows, real);
-    check_target(h.target, name + ".target", p.x.rows, p.y.rows, real);
+    check_mask(h.mask, name + ".mask", p.x.rows, p.columns(), real);
+    check_target(h.target, name + ".target", p.x.rows, p.columns(), real);
     check_given(h.row_bias, name + ".row_bias", p.x.rows, real);
-    check_given(h.col_bias, name + ".column_bias", p.y.rows, real);
+    check_given(h.col_bias, name + ".column_bias", p.columns(), real);
     require(h.reduce >= Reduction::lse && h.reduce <= last, (name + ".reduce").c_str(), "unknown kind");
   }
 }
 
 // Several levels need a running product and a tile of scores each, beside the transposed one. Smaller tiles, for all to
 // stay in L2, were measured slower, by 11 to 28 % (AVX-512, 2 to 12 levels): products gain more from large ones.
-int64_t tiles(const MaskedLseProblem& p) { return p.levels.size() > 1 ? 2 + int64_t(p.levels.size()) : 2; }
+// Several centres need a tile each as well.
+int64_t tiles(const MaskedLseProblem& p) {
+  if (p.centers.count > 1) return 2 + p.centers.count;
+  return p.levels.size() > 1 ? 2 + int64_t(p.levels.size()) : 2;
+}
 
-int64_t length(const MaskedLseProblem& p, const LseHead& h) { return h.column ? p.y.rows : p.x.rows; }
+int64_t length(const MaskedLseProblem& p, const LseHead& h) { return h.column ? p.columns() : p.x.rows; }
 
 // Buffers of one call; `work` points into them.
 template <class T> struct Setup {
@@ -113,17 +121,19 @@ template <class T> struct Setup {
   // Many more columns than a batch are parameters, or a memory bank, of which no copy is made: a window of them is
   // packed at a time; in a sweep by columns, threads pack blocks of their own.
   explicit Setup(const MaskedLseProblem& p, bool by_columns = false)
-      : problem(p), heads(p.heads.size()), work{p, plan(p.x.rows, p.y.rows, p.symmetric, p.threads), {}} {
+      : problem(p), heads(p.heads.size()),
+        work{p, plan(p.x.rows, p.columns(), p.symmetric, p.threads, p.centers.count), {}} {
+    const int64_t count = p.centers.count, bytes = p.y.cols * count * int64_t(sizeof(T));
     const bool part = packed(p.y) && p.y.rows > 2 * p.x.rows;
-    work.window = part && !by_columns ? window(p.y.rows, p.y.cols, sizeof(T), work.plan, p.threads) : p.y.rows;
+    work.window = part && !by_columns ? window(p.columns(), bytes, work.plan, p.threads) : p.columns();
     std::tie(work.x, work.x_norm, work.pack_x) = rows_of(p.x, p.x.rows);
     std::tie(work.y, work.y_norm, work.pack_y) = std::tie(work.x, work.x_norm, work.pack_x);
     if (part && by_columns) work.y = work.y_norm = nullptr, work.pack_y = true;
-    else if (!p.symmetric) std::tie(work.y, work.y_norm, work.pack_y) = rows_of(p.y, work.window);
+    else if (!p.symmetric) std::tie(work.y, work.y_norm, work.pack_y) = rows_of(p.y, work.window * count);
     for (size_t k = 0; k < heads.size(); ++k) {
       heads[k].head = &p.heads[k];
       if (p.heads[k].row_bias.data) heads[k].row_bias = vector(p.x.rows, T(0), p.heads[k].row_bias);
-      if (p.heads[k].col_bias.data) heads[k].col_bias = vector(p.y.rows, T(0), p.heads[k].col_bias);
+      if (p.heads[k].col_bias.data) heads[k].col_bias = vector(p.columns(), T(0), p.heads[k].col_bias);
     }
     work.heads = heads.data();
     work.head_count = int64_t(heads.size());
@@ -188,7 +198,7 @@ template <class T> struct Setup {
   void gradients(const Array& dx, const Array& dy) {
     require(!problem.symmetric || !dy.data, "dy", "y = x has one gradient");
     work.dx = gradient(dx, problem.x, problem.x.rows, "dx");
-    work.dy = problem.symmetric ? work.dx : gradient(dy, problem.y, work.window, "dy");
+    work.dy = problem.symmetric ? work.dx : gradient(dy, problem.y, work.window * problem.centers.count, "dy");
     for (LseLevelWork& level : levels) {
       if (!level.x.factor) continue;
       if (work.dx) level.x.radial = vector(problem.x.rows, T(0));
@@ -206,8 +216,8 @@ template <class T> struct Setup {
       h.grad_row_bias = vector(problem.x.rows, T(0));
     }
     if (g.col_bias.data) {
-      check(g.col_bias, "grad_column_bias", 1, problem.y.rows, type_of<T>);
-      h.grad_col_bias = vector(problem.y.rows, T(0));
+      check(g.col_bias, "grad_column_bias", 1, problem.columns(), type_of<T>);
+      h.grad_col_bias = vector(problem.columns(), T(0));
     }
   }
 
@@ -304,12 +314,14 @@ void sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& resu
   setup.results(h, result);
   setup.parameters(h, gradient);
   setup.gradients(dx, dy);
-  SweepPlan plan = sweep_plan(p.x.rows, p.y.rows, p.x.cols, sizeof(T), p.threads);
+  SweepPlan plan = sweep_plan(p.x.rows, p.columns(), p.x.cols, sizeof(T), p.threads, p.centers.count);
   // Targets that depend on scores need those after exponentials would have taken their place.
   const PairMask& targets = p.heads[0].target.mask;
   if (targets.above.data || targets.below.data) plan.keep = false;
-  if (plan.keep)
-    setup.work.block = setup.allocate(plan.rows * ((p.y.rows + plan.col_block - 1) / plan.col_block) * plan.col_block);
+  if (plan.keep) {
+    const int64_t blocks = (p.columns() + plan.col_block - 1) / plan.col_block;
+    setup.work.block = setup.allocate(blocks * plan.tile_elements());
+  }
   setup.work.sweep = plan;
   setup.work.weight = weight.data;
   const MaskedLseSweep kernel = masked_lse_sweep_kernel(setup.kDoubles);

@@ -7,6 +7,7 @@
 // rows fit a last-level cache they are kept and S is multiplied once, else twice (plan.h).
 //
 // Rows of y that are many are packed per block of columns into the thread's own memory, never all of them.
+#include "centers.h"
 #include "gemm.h"
 #include "masked_lse.h"
 #include "pack.h"
@@ -35,29 +36,34 @@ template <class T> struct SweepSpace {
   static int64_t sums_elements(const SweepPlan& p) {
     return (p.rows * int64_t(sizeof(Sums<T>) / sizeof(T)) + 15) / 16 * 16;
   }
-  static int64_t elements(const SweepPlan& p, int64_t d, bool pack_y, bool dx) {
-    return (pack_y ? p.col_block * (d + 1) : 0) + (p.keep ? 0 : p.rows * p.col_block) + 2 * p.col_block +
-           (dx ? p.rows * d : 0) + sums_elements(p) + kGemmWorkspace;
+  static int64_t elements(const SweepPlan& p, int64_t d, int64_t y_rows, bool dx) {
+    return y_rows * (d + 1) + (p.keep ? 0 : p.tile_elements()) + 2 * p.col_block + (dx ? p.rows * d : 0) +
+           sums_elements(p) + kGemmWorkspace;
   }
-  SweepSpace(char* memory, const SweepPlan& p, int64_t d, bool pack_y, bool with_dx) {
+  SweepSpace(char* memory, const SweepPlan& p, int64_t d, int64_t y_rows, bool with_dx) {
     gemm = reinterpret_cast<T*>(memory);
     sums = reinterpret_cast<Sums<T>*>(gemm + kGemmWorkspace);
     logits = gemm + kGemmWorkspace + sums_elements(p);
     targets = logits + p.col_block;
     tile = targets + p.col_block;
-    dx = tile + (p.keep ? 0 : p.rows * p.col_block);
+    dx = tile + (p.keep ? 0 : p.tile_elements());
     y = dx + (with_dx ? p.rows * d : 0);
-    norms = y + (pack_y ? p.col_block * d : 0);
+    norms = y + y_rows * d;
   }
 };
+
+// Rows of y that a thread packs at a time; 0 where they are used where they lie.
+inline int64_t packed_rows(const MaskedLseWork& w) {
+  return w.pack_y && !w.y ? w.sweep.col_block * w.problem.centers.count : 0;
+}
 
 template <class T> class Sweep {
  public:
   explicit Sweep(const MaskedLseWork& w)
-      : w_(w), p_(w.problem), h_(w.heads[0]), plan_(w.sweep), n_(p_.x.rows), m_(p_.y.rows), d_(p_.x.cols),
+      : w_(w), p_(w.problem), h_(w.heads[0]), plan_(w.sweep), n_(p_.x.rows), m_(p_.columns()), d_(p_.x.cols),
         x_(static_cast<T*>(w.x)), y_(static_cast<T*>(w.y)), dx_(static_cast<T*>(w.dx)), dy_(static_cast<T*>(w.dy)),
         block_(static_cast<T*>(w.block)), y_norm_(static_cast<T*>(w.y_norm)), scale_(T(h_.head->scale)),
-        chunks_((m_ + plan_.col_block - 1) / plan_.col_block), pack_y_(w.pack_y && !w.y) {}
+        chunks_((m_ + plan_.col_block - 1) / plan_.col_block), pack_y_(packed_rows(w) > 0) {}
 
   void run(const Array& dx, const Array& dy) {
     T poison = 0;
@@ -89,26 +95,40 @@ template <class T> class Sweep {
   };
 
   SweepSpace<T> space_of(int thread) const {
-    return {w_.threads + thread * w_.thread_bytes, plan_, d_, pack_y_, dx_ != nullptr};
+    return {w_.threads + thread * w_.thread_bytes, plan_, d_, packed_rows(w_), dx_ != nullptr};
   }
   int64_t cols(int64_t c) const { return std::min(plan_.col_block, m_ - c * plan_.col_block); }
   Span span(int64_t i, int64_t c) const { return {i, c * plan_.col_block, cols(c), p_.first_column}; }
   T* tile(int64_t c, const SweepSpace<T>& space) const {
-    return plan_.keep ? block_ + c * plan_.rows * plan_.col_block : space.tile;
+    return plan_.keep ? block_ + c * plan_.tile_elements() : space.tile;
   }
+  // Of a block of columns with centres: they follow its scores.
+  CenterTile<T> center_tile(const Rows& block, int64_t c, const SweepSpace<T>& space) const {
+    const int64_t plane = plan_.rows * plan_.col_block;
+    return {tile(c, space) + plane, block.count, cols(c), plan_.col_block, plane};
+  }
+  // Rows of y that belong to a block of columns.
+  int64_t first_row(int64_t c) const { return c * plan_.col_block * p_.centers.count; }
+  int64_t end_row(int64_t c) const { return first_row(c) + cols(c) * p_.centers.count; }
 
   // Unit rows of y of a block of columns; packed where not all are. Returns the poison of those that are.
   const T* columns(int64_t c, const SweepSpace<T>& space, T& poison) const {
-    const int64_t begin = c * plan_.col_block;
+    const int64_t begin = first_row(c);
     if (!pack_y_) return y_ + begin * d_;
-    poison += pack_rows(p_.y, nullptr, p_.normalize, begin, begin + cols(c), space.y - begin * d_, space.norms - begin);
+    poison += pack_rows(p_.y, nullptr, p_.normalize, begin, end_row(c), space.y - begin * d_, space.norms - begin);
     return space.y;
   }
 
   void multiply(const Rows& block, int64_t c, const T* y, const SweepSpace<T>& space) const {
     T* scores = tile(c, space);
-    gemm(Op::none, Op::transpose, block.count, cols(c), d_, x_ + block.first * d_, d_, y, d_, false, scores,
-         plan_.col_block, space.gemm);
+    if (p_.centers.count > 1) {
+      const CenterTile<T> products = center_tile(block, c, space);
+      multiply_centers(p_.centers, products, d_, x_ + block.first * d_, y, space.gemm);
+      reduce_centers(p_.centers, products, scores, true);
+    } else {
+      gemm(Op::none, Op::transpose, block.count, cols(c), d_, x_ + block.first * d_, d_, y, d_, false, scores,
+           plan_.col_block, space.gemm);
+    }
     for (int64_t r = 0; r < block.count; ++r)
       std::fill(scores + r * plan_.col_block + cols(c), scores + r * plan_.col_block + padded<T>(cols(c)), T(0));
   }
@@ -166,7 +186,7 @@ template <class T> class Sweep {
     sums.total_scores *= shrink;
     if (!plan_.keep) return;
     for (int64_t before = own; before < c; ++before) {
-      T* kept = block_ + (before * plan_.rows + r) * plan_.col_block;
+      T* kept = block_ + before * plan_.tile_elements() + r * plan_.col_block;
       for (int64_t j = 0; j < plan_.col_block; ++j) kept[j] *= shrink;
     }
   }
@@ -204,24 +224,32 @@ template <class T> class Sweep {
     if (dx_) std::fill(space.dx, space.dx + block.count * d_, T(0));
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < chunks_; ++c) {
-      const int64_t begin = c * plan_.col_block;
+      const int64_t begin = first_row(c);
       const T* y = columns(c, space, ignored);
       if (!plan_.keep) multiply(block, c, y, space);
       T* weights = tile(c, space);
       for (int64_t r = 0; r < block.count; ++r) weigh(block.first + r, r, c, weights + r * plan_.col_block, space);
-      if (dx_)
-        gemm(Op::none, Op::none, block.count, d_, cols(c), weights, plan_.col_block, y, d_, true, space.dx, d_,
-             space.gemm);
-      if (T* out = static_cast<T*>(h_.grad_col_bias))
+      if (T* out = static_cast<T*>(h_.grad_col_bias)) {
+        out += c * plan_.col_block;
         for (int64_t r = 0; r < block.count; ++r)
-          for (int64_t j = 0; j < cols(c); ++j) out[begin + j] += weights[r * plan_.col_block + j];
-      if (!dy_) continue;
-      gemm(Op::transpose, Op::none, cols(c), d_, block.count, weights, plan_.col_block, x_ + block.first * d_, d_,
-           block.first > 0, dy_ + begin * d_, d_, space.gemm);
-      if (!last) continue;
-      for (int64_t k = begin * d_; k < (begin + cols(c)) * d_; ++k) dy_[k] *= scale_;
-      deliver_rows(dy, dy_, y - begin * d_, pack_y_ ? space.norms - begin : y_norm_, p_.normalize, begin,
-                   begin + cols(c));
+          for (int64_t j = 0; j < cols(c); ++j) out[j] += weights[r * plan_.col_block + j];
+      }
+      T *dx = dx_ ? space.dx : nullptr, *dy_rows = dy_ ? dy_ + begin * d_ : nullptr;
+      const T* x = x_ + block.first * d_;
+      const bool add = block.first > 0;
+      if (p_.centers.count > 1) {
+        differentiate_centers(p_.centers, center_tile(block, c, space), weights, d_, x, y, dx, dy_rows, add,
+                              space.gemm);
+      } else {
+        if (dx)
+          gemm(Op::none, Op::none, block.count, d_, cols(c), weights, plan_.col_block, y, d_, true, dx, d_, space.gemm);
+        if (dy_rows)
+          gemm(Op::transpose, Op::none, cols(c), d_, block.count, weights, plan_.col_block, x, d_, add, dy_rows, d_,
+               space.gemm);
+      }
+      if (!dy_ || !last) continue;
+      for (int64_t k = begin * d_; k < end_row(c) * d_; ++k) dy_[k] *= scale_;
+      deliver_rows(dy, dy_, y - begin * d_, pack_y_ ? space.norms - begin : y_norm_, p_.normalize, begin, end_row(c));
     }
   }
 
@@ -273,7 +301,7 @@ template <class T> class Sweep {
 
 template <class T> void sweep(const MaskedLseWork& w, const Array& dx, const Array& dy) { Sweep<T>(w).run(dx, dy); }
 template <class T> int64_t sweep_elements(const MaskedLseWork& w) {
-  return SweepSpace<T>::elements(w.sweep, w.problem.x.cols, w.pack_y && !w.y, w.dx);
+  return SweepSpace<T>::elements(w.sweep, w.problem.x.cols, packed_rows(w), w.dx);
 }
 
 FASTRET_ISA_END

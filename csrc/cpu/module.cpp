@@ -45,6 +45,7 @@ using TargetTuple = std::tuple<int, MaybeArray, MaybeArray, std::vector<int64_t>
 // scale, whether over columns, mask, target, row bias, column bias, reduction
 using HeadTuple = std::tuple<double, bool, MaskTuple, TargetTuple, MaybeArray, MaybeArray, int>;
 using LevelTuple = std::pair<int64_t, int64_t>;  // width, number of heads
+using CentersTuple = std::pair<int64_t, double>;  // count, temperature or 0
 using GradientTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray>;  // scale, row bias, column bias
 
 PairMask::Relation relation(const Relation& r) {
@@ -73,8 +74,9 @@ LseGradient gradient(const GradientTuple& t) {
 
 MaskedLseProblem lse_problem(const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
                              bool normalize, int64_t first_column, int threads,
-                             const std::vector<LevelTuple>& levels = {}) {
-  MaskedLseProblem p{array(x), array(y ? *y : x), !y.has_value(), normalize, first_column, threads, {}, {}};
+                             const std::vector<LevelTuple>& levels = {}, const CentersTuple& centers = {1, 0}) {
+  MaskedLseProblem p{array(x), array(y ? *y : x), !y.has_value(), normalize, first_column, threads, {}, {},
+                     {centers.first, centers.second}};
   for (const HeadTuple& h : heads) p.heads.push_back(head(h));
   for (const auto& [width, count] : levels) p.levels.push_back({width, count});
   return p;
@@ -111,8 +113,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_lse_forward",
         [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
            const std::vector<LevelTuple>& levels, bool normalize, int64_t first_column, int threads,
-           const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results) {
-          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels);
+           const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results, const CentersTuple& centers) {
+          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels, centers);
           std::vector<LseResult> out;
           for (const auto& [lse, t] : results) out.push_back({array(lse), array(t)});
           const py::gil_scoped_release release;
@@ -122,8 +124,8 @@ PYBIND11_MODULE(_C, m) {
         [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
            const std::vector<LevelTuple>& levels, bool normalize, int64_t first_column, int threads,
            const std::vector<std::tuple<ArrayTuple, MaybeArray, MaybeArray>>& upstream, const MaybeArray& dx,
-           const MaybeArray& dy, const std::vector<GradientTuple>& gradients) {
-          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels);
+           const MaybeArray& dy, const std::vector<GradientTuple>& gradients, const CentersTuple& centers) {
+          const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels, centers);
           std::vector<LseUpstream> in;
           for (const auto& [lse, grad_lse, grad_t] : upstream)
             in.push_back({array(lse), array(grad_lse), array(grad_t)});
@@ -135,8 +137,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("masked_lse_sweep",
         [](const ArrayTuple& x, const MaybeArray& y, const HeadTuple& h, bool normalize, int64_t first_column,
            int threads, const ArrayTuple& weight, const ArrayTuple& lse, const ArrayTuple& t, const MaybeArray& dx,
-           const MaybeArray& dy, const GradientTuple& g) {
-          const MaskedLseProblem p = lse_problem(x, y, {h}, normalize, first_column, threads);
+           const MaybeArray& dy, const GradientTuple& g, const CentersTuple& centers) {
+          const MaskedLseProblem p = lse_problem(x, y, {h}, normalize, first_column, threads, {}, centers);
           const LseResult result{array(lse), array(t)};
           const LseGradient out = gradient(g);
           const py::gil_scoped_release release;
@@ -169,8 +171,8 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           pair_dot_backward(p, array(grad), array(dx), array(dy));
         });
-  m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads) {
-    const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads);
+  m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads, int64_t centers) {
+    const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads, centers);
     return std::tuple{p.rows, p.col_block, p.keep};
   });
 
@@ -179,7 +181,7 @@ PYBIND11_MODULE(_C, m) {
     return std::pair{p.row_block, p.col_block};
   });
   m.def("window", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads) {
-    return window(m, d, item_bytes, plan(n, m, false, threads), threads);
+    return window(m, d * item_bytes, plan(n, m, false, threads), threads);
   });
   m.def("tournament", [](int64_t blocks) {
     std::vector<std::vector<std::pair<int64_t, int64_t>>> rounds;

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "masked_lse.h"
+#include "pack.h"
 #include "simd.h"
 
 FASTRET_ISA_BEGIN

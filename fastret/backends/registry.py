@@ -12,7 +12,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -22,11 +22,16 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Call:
-    """What an implementation needs to know of a call to decide whether it can serve it."""
+    """What an implementation needs to know of a call to decide whether it can serve it.
+
+    Attributes:
+        options: what is asked of the op beyond its plain form, that not every implementation has ("centers").
+    """
 
     op: str
     device: str
     dtype: torch.dtype
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,12 @@ def candidates(call: Call) -> list[Implementation]:
     ]
 
 
-def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None) -> str:
-    """Name of the implementation that serves rows of this dtype on this device.
+def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None, options: tuple[str, ...] = ()) -> str:
+    """Name of the implementation that serves rows of this dtype on this device, with these options of the op.
 
     Raises:
         ValueError: the name is unknown, or the explicit choice cannot serve the call.
+        NotImplementedError: the explicit choice could serve it but for an option.
     """
     if impl is not None:
         name = _check_name(impl, "impl")
@@ -145,17 +151,19 @@ def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None) -> str:
         name = within
     else:
         name = _check_name(_environment, "FASTRET_IMPL")
-    chosen: str = _serving(op, device, dtype, name)
+    chosen: str = _serving(op, device, dtype, name, options)
     return chosen
 
 
 @torch.compiler.assume_constant_result  # imports modules, which a traced function must not
-def _serving(op: str, device: str, dtype: torch.dtype, name: str) -> str:
-    call = Call(op, device, dtype)
+def _serving(op: str, device: str, dtype: torch.dtype, name: str, options: tuple[str, ...]) -> str:
+    call = Call(op, device, dtype, options)
     if name != AUTO:
         reason = IMPLEMENTATIONS[name].unsupported(call)
         if reason is not None:
-            raise ValueError(f"impl={name!r} cannot serve this call: {reason}")
+            plain = IMPLEMENTATIONS[name].unsupported(replace(call, options=()))
+            error = ValueError if plain is not None else NotImplementedError
+            raise error(f"impl={name!r} cannot serve this call: {reason}")
         return name
     reasons = []
     for candidate in candidates(call):

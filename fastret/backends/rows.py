@@ -43,7 +43,7 @@ class PackedRows:
     """Rows sorted by ``order`` and, where asked, divided by ``norms`` (N, 1)."""
 
     rows: Tensor
-    order: Tensor
+    order: Tensor | slice
     norms: Tensor | None
 
     def gradient(self, du: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class PackedRows:
         return dx
 
 
-def pack_rows(x: Tensor, order: Tensor, normalize: bool, dtype: torch.dtype | None = None) -> PackedRows:
+def pack_rows(x: Tensor, order: Tensor | slice, normalize: bool, dtype: torch.dtype | None = None) -> PackedRows:
     """``x[order]`` (normalised) in ``dtype``; default: the accumulation dtype."""
     rows = x[order]
     wide = rows.to(accumulation_dtype(x.dtype))

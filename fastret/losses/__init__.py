@@ -13,6 +13,7 @@ from fastret.losses.proxy_nca import ProxyNCA
 from fastret.losses.proxy_softmax import NormalizedSoftmax, ProxyNCAPlusPlus
 from fastret.losses.smooth_ap import SmoothAP
 from fastret.losses.soft_target import PatchMixTargets, SoftTargetInfoNCE
+from fastret.losses.sub_centers import SoftTriple, SubCenterArcFace
 from fastret.losses.sup_con import SupCon
 
 __all__ = [
@@ -33,5 +34,7 @@ __all__ = [
     "ProxyNCAPlusPlus",
     "SmoothAP",
     "SoftTargetInfoNCE",
+    "SoftTriple",
+    "SubCenterArcFace",
     "SupCon",
 ]

@@ -48,7 +48,7 @@ def cos_face(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
-    _check_margin(margin, math.inf)
+    check_margin(margin, math.inf)
     return _margin_softmax(x, proxies, labels, lambda c: c - margin, scale, reduction, impl)
 
 
@@ -72,8 +72,8 @@ def arc_face(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
-    _check_margin(margin, math.pi)
-    return _margin_softmax(x, proxies, labels, lambda c: _wider_angle(c, margin), scale, reduction, impl)
+    check_margin(margin, math.pi)
+    return _margin_softmax(x, proxies, labels, lambda c: wider_angle(c, margin), scale, reduction, impl)
 
 
 def _margin_softmax(
@@ -88,14 +88,33 @@ def _margin_softmax(
     labels = check_proxies(x, proxies, labels)
     checks.check_positive(scale, "scale")
     check_reduction(reduction)
-    others = PairMask(different=(labels, torch.arange(proxies.shape[0], device=labels.device)))
-    ((lse, own),) = masked_lse(x, proxies, heads=[Head(scale, others, Indexed(labels))], impl=impl)
-    z = scale * phi(own / scale)
-    losses = torch.logaddexp(lse - z, torch.zeros_like(z))
+    losses = margin_losses(x, proxies, labels, phi, scale, impl)
     return reduce_valid(losses, None, reduction)
 
 
-def _wider_angle(c: Tensor, margin: float) -> Tensor:
+def margin_losses(
+    x: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    phi: Callable[[Tensor], Tensor],
+    scale: float | Tensor,
+    impl: str | None,
+    *,
+    centers: int = 1,
+    center_temperature: float | None = None,
+) -> Tensor:
+    """(B,) losses of checked arguments; with several centres a class, proxies are (C K, D) and c_ij is what
+    ``fastret.ops.masked_lse`` reduces their cosines to."""
+    classes = torch.arange(proxies.shape[0] // centers, device=labels.device)
+    head = Head(scale, PairMask(different=(labels, classes)), Indexed(labels))
+    ((lse, own),) = masked_lse(
+        x, proxies, heads=[head], centers=centers, center_temperature=center_temperature, impl=impl
+    )
+    z = scale * phi(own / scale)
+    return torch.logaddexp(lse - z, torch.zeros_like(z))
+
+
+def wider_angle(c: Tensor, margin: float) -> Tensor:
     """ArcFace's phi."""
     square = (1 - c) * (1 + c)
     near = square.detach() < torch.finfo(c.dtype).eps
@@ -107,7 +126,7 @@ def _wider_angle(c: Tensor, margin: float) -> Tensor:
     )
 
 
-def _check_margin(margin: float, below: float) -> None:
+def check_margin(margin: float, below: float) -> None:
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
     if not 0 <= margin < below:
@@ -149,7 +168,7 @@ class CosFace(ProxyLoss):
         impl: str | None = None,
     ) -> None:
         super().__init__(nb_classes, sz_embed, reduction=reduction, impl=impl)
-        _check_margin(margin, math.inf)
+        check_margin(margin, math.inf)
         checks.check_positive(scale, "scale")
         self.margin = margin
         self.scale = scale
@@ -200,7 +219,7 @@ class ArcFace(ProxyLoss):
         impl: str | None = None,
     ) -> None:
         super().__init__(nb_classes, sz_embed, reduction=reduction, impl=impl)
-        _check_margin(margin, math.pi)
+        check_margin(margin, math.pi)
         checks.check_positive(scale, "scale")
         self.margin = margin
         self.scale = scale

@@ -1,11 +1,15 @@
 """What losses with one learned vector a class, a proxy, share: the parameter, its initialisation, their checks.
 
+With several centres a class, proxies are (C, K, D), and all K start near the class' own direction, each with random
+noise of a tenth of its length: centres that are equal would stay so.
+
 Proxies that start at random need many epochs before they say anything about their classes: with 20,000 classes a short
 run only gets worse. ``init_from`` puts them where the classes lie: with unit embeddings u and their mean m, the proxy
 of class c is the direction of the mean over its rows of u - m. Embeddings of an untrained network lie in a narrow
 cone; without m all proxies would point the same way.
 """
 
+import math
 import sys
 from collections.abc import Iterable
 
@@ -16,6 +20,8 @@ from tqdm import tqdm
 from fastret.backends.rows import accumulation_dtype, unit_rows
 from fastret.losses.reduction import check_reduction
 from fastret.ops import checks
+
+_NOISE = 0.1  # length of what tells the centres of a class apart at first, beside that of their mean
 
 
 def check_proxies(x: Tensor, proxies: Tensor, labels: Tensor, name: str = "proxies") -> Tensor:
@@ -40,24 +46,36 @@ class ProxyLoss(nn.Module):
 
     Args:
         nb_classes: C >= 2. sz_embed: D >= 1, the width of the embeddings.
+        centers: K >= 1 centres a class; None: one proxy a class.
         reduction: "mean", "sum", or "none". impl: "reference", "tiled", "cpu" or "triton"; None: the fastest.
 
     Attributes:
-        proxies: (C, D) parameter, drawn from a normal distribution of deviation 1/8.
+        proxies: (C, D) parameter, or (C, K, D), drawn from a normal distribution of deviation 1/8.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
-    def __init__(self, nb_classes: int, sz_embed: int, *, reduction: str = "mean", impl: str | None = None) -> None:
+    def __init__(
+        self,
+        nb_classes: int,
+        sz_embed: int,
+        *,
+        centers: int | None = None,
+        reduction: str = "mean",
+        impl: str | None = None,
+    ) -> None:
         super().__init__()
-        for value, name, least in ((nb_classes, "nb_classes", 2), (sz_embed, "sz_embed", 1)):
+        sizes = [(nb_classes, "nb_classes", 2), (sz_embed, "sz_embed", 1)]
+        if centers is not None:
+            sizes.insert(1, (centers, "centers_per_class", 1))
+        for value, name, least in sizes:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         check_reduction(reduction)
-        self.proxies = nn.Parameter(torch.randn(nb_classes, sz_embed) / 8)
+        self.proxies = nn.Parameter(torch.randn([value for value, *_ in sizes]) / 8)
         self.reduction = reduction
         self.impl = impl
 
@@ -101,8 +119,9 @@ class ProxyLoss(nn.Module):
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
         """Sums (C, D) and counts (C, 1) of no rows."""
-        sums = torch.zeros_like(self.proxies, dtype=accumulation_dtype(self.proxies.dtype))
-        return sums, sums.new_zeros(sums.shape[0], 1)
+        classes, *_, width = self.proxies.shape
+        sums = self.proxies.new_zeros(classes, width, dtype=accumulation_dtype(self.proxies.dtype))
+        return sums, sums.new_zeros(classes, 1)
 
     def _accumulate(self, sums: Tensor, counts: Tensor, embeddings: Tensor, labels: Tensor) -> None:
         checks.check_rows(embeddings, "embeddings")
@@ -111,15 +130,18 @@ class ProxyLoss(nn.Module):
                 f"embeddings: expected {sums.shape[1]} columns like the proxies, got {embeddings.shape[1]}"
             )
         embeddings, labels = embeddings.to(sums.device), labels.to(sums.device)
-        labels = check_proxies(embeddings, self.proxies, labels)
+        labels = check_proxies(embeddings, sums, labels)
         sums.index_add_(0, labels, unit_rows(embeddings).to(sums.dtype))
         counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
 
     def _start(self, sums: Tensor, counts: Tensor) -> None:
         means = sums / counts.clamp_min(1) - sums.sum(0) / counts.sum().clamp_min(1)
         nowhere = (counts == 0) | (means == 0).all(1, keepdim=True)
-        self.proxies.copy_(unit_rows(torch.where(nowhere, torch.randn_like(means), means)))
+        starts = unit_rows(torch.where(nowhere, torch.randn_like(means), means))
+        if self.proxies.dim() == 3:
+            noise = torch.randn_like(self.proxies, dtype=starts.dtype) * (_NOISE / math.sqrt(starts.shape[1]))
+            starts = unit_rows((starts[:, None] + noise).flatten(0, 1)).view_as(noise)
+        self.proxies.copy_(starts)
 
     def extra_repr(self) -> str:
-        classes, width = self.proxies.shape
-        return f"{classes}, {width}, reduction={self.reduction!r}"
+        return f"{', '.join(map(str, self.proxies.shape))}, reduction={self.reduction!r}"

@@ -89,6 +89,16 @@ def check_count(value: int | None, name: str) -> None:
         check_integer(value, name, 1)
 
 
+def check_centers(rows: Tensor | None, centers: int, name: str) -> None:
+    """An integer >= 1 that divides the number of rows."""
+    if isinstance(centers, bool) or not isinstance(centers, (int, torch.SymInt)):
+        raise TypeError(f"centers: expected an integer, got {type(centers).__name__}")
+    if centers < 1:
+        raise ValueError(f"centers: expected at least 1, got {centers}")
+    if rows is not None and rows.shape[0] % centers:
+        raise ValueError(f"{name}: expected {centers} centers a class, got {rows.shape[0]} rows")
+
+
 def check_vector(values: Tensor, rows: Tensor, name: str) -> None:
     """One real number per row, on the device of the rows."""
     if not isinstance(values, Tensor):

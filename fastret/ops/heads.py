@@ -161,15 +161,15 @@ def axes(spec: str) -> tuple[str, ...]:
     return tuple(tree["axis"][0][1:] for tree in _parse(spec))
 
 
-def check_heads(heads: Sequence[Head], x: Tensor, y: Tensor) -> None:
-    """Shapes, dtypes and devices of everything the heads refer to.
+def check_heads(heads: Sequence[Head], x: Tensor, columns: int) -> None:
+    """Shapes, dtypes and devices of everything the heads refer to, for rows x and so many columns.
 
     Raises:
         TypeError, ValueError: naming the head's field, what was given and what is expected.
     """
     if not heads or not all(isinstance(head, Head) for head in heads):
         raise ValueError(f"heads: expected at least one Head, got {heads!r}")
-    n, m = x.shape[0], y.shape[0]
+    n, m = x.shape[0], columns
     for k, head in enumerate(heads):
         where = f"heads[{k}]"
         if head.axis not in ("row", "column"):

@@ -15,11 +15,14 @@ may sum phi(l_ij) of ``fastret.backends.phi`` in place of the lse: then P = phi'
 Cost: N M D products forward, and three times that backward (twice where one side is detached). Kept for backward: the
 rows, what the heads refer to, and lse: O(N + M), nothing N x M.
 
+Sub-centres: every K consecutive rows of y are the centres of a class, and s_ij is what their scores are reduced to
+(``fastret.backends.centers``): a column is a class then, M their number, and all of the above holds with it.
+
 The interface of an implementation, ``fastret.backends.*.masked_lse`` (types in ``fastret.backends.pairs``):
 
-    forward(x, y, heads, *, normalize, first_column, columns) -> list[tuple[Tensor, Tensor]]
-    backward(grads, x, y, heads, lses, *, normalize, first_column, columns, need) -> Gradients
-    sweep(x, y, head, row_weight, *, normalize, first_column, columns, need) -> tuple[Tensor, Gradients]      (optional)
+    forward(x, y, heads, *, normalize, first_column, columns, centers=None) -> list[tuple[Tensor, Tensor]]
+    backward(grads, x, y, heads, lses, *, normalize, first_column, columns, need, centers=None) -> Gradients
+    sweep(x, y, head, row_weight, *, normalize, first_column, columns, need, centers=None) -> tuple[Tensor, Gradients]
 
 - x (N, D), y (M, D) or None: one floating point dtype, any strides, N, M >= 0. Results and lses are float32, or
   float64 for float64 rows ("the accumulation dtype"), (N,) or (M,) by the head's axis; so are grads, a (g, h) a head.
@@ -32,9 +35,11 @@ The interface of an implementation, ``fastret.backends.*.masked_lse`` (types in 
   both sides. A gradient has the dtype of its rows, scale and biases that of accumulation.
 - NaN or infinity anywhere in x or y makes every result NaN. A row without an allowed pair contributes nothing through
   g, whatever g is. Masks by threshold must come out alike in both directions.
-- sweep: sum of row_weight_i (lse_i - t_i) over the rows of a row head, and its gradients in the accumulation dtype,
-  from one product; a row of weight 0 counts nothing, also where its lse is -inf. Without it, forward and backward are
-  used.
+- centers: ``fastret.backends.centers.Centers`` or None; M is then the number of classes, y (M K, D) is not None, and no
+  head has a width. One that has no sub-centres takes no such argument, and says so (``fastret.backends.registry``).
+- sweep (optional): sum of row_weight_i (lse_i - t_i) over the rows of a row head, and its gradients in the accumulation
+  dtype, from one product; a row of weight 0 counts nothing, also where its lse is -inf. Without it, forward and
+  backward are used.
 """
 
 from collections.abc import Sequence
@@ -61,6 +66,8 @@ def masked_lse(
     normalize: bool = True,
     first_column: int = 0,
     columns: int | None = None,
+    centers: int = 1,
+    center_temperature: float | None = None,
     impl: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse, t) of each head; formula, gradient and cost stand at the top of this file.
@@ -73,6 +80,10 @@ def masked_lse(
         first_column: y is a piece of a larger matrix and its first row has this number there. Pieces merge:
             ``torch.logaddexp`` of their lse, sum of their t (of row heads; those of column heads stand as they are).
         columns: number of columns of the whole matrix; None: first_column + M.
+        centers: K; y is then (M K, D), the centres of a class in consecutive rows, and every number of a column (index,
+            offset, first_column, columns) or tensor of one entry a column is that of a class.
+        center_temperature: > 0: scores of a class' centres become their mean under a softmax over it; None: their
+            maximum (the first of equals).
         impl: "reference", "tiled", "cpu" or "triton"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
 
     Returns:
@@ -81,20 +92,36 @@ def masked_lse(
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
+        NotImplementedError: sub-centres with impl="triton".
     """
-    x, y, columns = checked(x, y, heads, first_column, columns)
-    chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
-    options: dict[str, Any] = {"normalize": normalize, "first_column": first_column, "columns": columns}
-    problem = pack(x, y, heads, **options, impl=chosen)
+    x, y, columns = checked(x, y, heads, first_column, columns, centers, center_temperature)
+    chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl, ("centers",) if centers > 1 else ())
+    problem = pack(
+        x,
+        y,
+        heads,
+        normalize=normalize,
+        first_column=first_column,
+        columns=columns,
+        centers=centers,
+        center_temperature=center_temperature,
+        impl=chosen,
+    )
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.masked_lse(x, y, problem.checked_heads(), **options)
+            return reference.masked_lse(x, y, problem.checked_heads(), **problem.options())
     results = _MaskedLse.apply(*problem)
     return [(results[2 * k], results[2 * k + 1]) for k in range(len(heads))]
 
 
 def checked(
-    x: Tensor, y: Tensor | None, heads: Sequence[Head], first_column: int, columns: int | None
+    x: Tensor,
+    y: Tensor | None,
+    heads: Sequence[Head],
+    first_column: int,
+    columns: int | None,
+    centers: int = 1,
+    center_temperature: float | None = None,
 ) -> tuple[Tensor, Tensor | None, int]:
     """x and y in one dtype, and the number of columns of the whole matrix."""
     checks.check_rows(x, "x")
@@ -102,13 +129,28 @@ def checked(
         checks.check_rows(y, "y", like=x)
         shared = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(shared), y.to(shared)
-    check_heads(heads, x, x if y is None else y)
+    _check_centers(y, centers, center_temperature)
+    here = (x if y is None else y).shape[0] // centers
+    check_heads(heads, x, here)
+    for k, head in enumerate(heads):
+        if centers > 1 and head.width is not None:
+            raise ValueError(f"heads[{k}].width: expected None with centers, got {head.width}")
     if first_column < 0:
         raise ValueError(f"first_column: expected at least 0, got {first_column}")
-    last = first_column + (x if y is None else y).shape[0]
+    last = first_column + here
     if columns is not None and columns < last:
         raise ValueError(f"columns: expected at least first_column + M = {last}, got {columns}")
     return x, y, last if columns is None else columns
+
+
+def _check_centers(y: Tensor | None, centers: int, temperature: float | None) -> None:
+    checks.check_centers(y, centers, "y")
+    if centers > 1 and y is None:
+        raise ValueError(f"y: expected the {centers} centers of each class, got None")
+    if temperature is not None:
+        checks.check_number(temperature, "center_temperature")
+        if temperature < torch.finfo(torch.float32).tiny:  # its inverse has to be finite
+            raise ValueError(f"center_temperature: expected a positive number, got {temperature}")
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
@@ -120,7 +162,7 @@ def _forward(*arguments: Any) -> list[Tensor]:
 def _forward_fake(*arguments: Any) -> list[Tensor]:
     problem = Problem(*arguments)
     x, y = problem.x, problem.y
-    sizes = {"row": x.shape[0], "column": (x if y is None else y).shape[0]}
+    sizes = {"row": x.shape[0], "column": (x if y is None else y).shape[0] // problem.centers}
     return [
         x.new_empty(sizes[axis], dtype=accumulation_dtype(x.dtype)) for axis in axes(problem.spec) for _ in range(2)
     ]
@@ -169,6 +211,8 @@ class _MaskedLse(torch.autograd.Function):
         normalize: bool,
         first_column: int,
         columns: int,
+        centers: int,
+        center_temperature: float | None,
         impl: str,
     ) -> tuple[Tensor, ...]:
         return tuple(
@@ -185,6 +229,8 @@ class _MaskedLse(torch.autograd.Function):
                 normalize,
                 first_column,
                 columns,
+                centers,
+                center_temperature,
                 impl,
             )
         )

@@ -32,29 +32,41 @@ def masked_lse_sum(
     normalize: bool = True,
     first_column: int = 0,
     columns: int | None = None,
+    centers: int = 1,
+    center_temperature: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """sum of row_weight_i (lse_i - t_i), 0-dim; formula and cost stand at the top of this file.
 
     Args:
-        x, y, normalize, first_column, columns, impl: as in ``masked_lse``.
+        x, y, normalize, first_column, columns, centers, center_temperature, impl: as in ``masked_lse``.
         head: one head over rows.
         row_weight: (N,) constants; a row of weight 0 counts nothing, also where no pair of it is allowed.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
+        NotImplementedError: sub-centres with impl="triton".
     """
-    x, y, columns = checked(x, y, (head,), first_column, columns)
+    x, y, columns = checked(x, y, (head,), first_column, columns, centers, center_temperature)
     if head.axis != "row":
         raise ValueError(f"head.axis: expected 'row', got {head.axis!r}")
     checks.check_vector(row_weight, x, "row_weight")
     row_weight = row_weight.detach().to(accumulation_dtype(x.dtype))
-    chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl)
-    options: dict[str, Any] = {"normalize": normalize, "first_column": first_column, "columns": columns}
-    problem = pack(x, y, (head,), **options, impl=chosen)
+    chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl, ("centers",) if centers > 1 else ())
+    problem = pack(
+        x,
+        y,
+        (head,),
+        normalize=normalize,
+        first_column=first_column,
+        columns=columns,
+        centers=centers,
+        center_temperature=center_temperature,
+        impl=chosen,
+    )
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            ((lse, t),) = reference.masked_lse(x, y, problem.checked_heads(), **options)
+            ((lse, t),) = reference.masked_lse(x, y, problem.checked_heads(), **problem.options())
         return weighted_sum(lse, t, row_weight)
     need = [checks.wants_gradient(t) for t in problem[:LEARNED]]
     result, *_ = _MaskedLseSum.apply(*problem, row_weight, need)
@@ -121,6 +133,8 @@ class _MaskedLseSum(torch.autograd.Function):
         normalize: bool,
         first_column: int,
         columns: int,
+        centers: int,
+        center_temperature: float | None,
         impl: str,
         row_weight: Tensor,
         need: list[bool],
@@ -139,6 +153,8 @@ class _MaskedLseSum(torch.autograd.Function):
                 normalize,
                 first_column,
                 columns,
+                centers,
+                center_temperature,
                 impl,
                 row_weight,
                 need,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastret.backends import registry
+from fastret.backends.centers import Centers
 from fastret.backends.pairs import Gradients, Head, Indexed, Listed
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
@@ -15,7 +16,8 @@ from fastret.ops.heads import flatten, restore
 
 SCHEMA = (
     "Tensor x, Tensor? y, Tensor? scale, Tensor? row_bias, Tensor? column_bias, Tensor[] tensors, SymInt[] numbers, "
-    "float[] factors, str spec, bool normalize, SymInt first_column, SymInt columns, str impl"
+    "float[] factors, str spec, bool normalize, SymInt first_column, SymInt columns, SymInt centers, "
+    "float? center_temperature, str impl"
 )
 LEARNED: Final = 5
 
@@ -35,6 +37,8 @@ class Problem(NamedTuple):
     normalize: bool
     first_column: int
     columns: int
+    centers: int
+    center_temperature: float | None
     impl: str
 
     def heads(self) -> list[Head]:
@@ -55,8 +59,9 @@ class Problem(NamedTuple):
         return registry.IMPLEMENTATIONS[self.impl].module("masked_lse")
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of implementations."""
-        return {"normalize": self.normalize, "first_column": self.first_column, "columns": self.columns}
+        """Keyword arguments of implementations; one without sub-centres is given none."""
+        options = {"centers": Centers(self.centers, self.center_temperature)} if self.centers > 1 else {}
+        return {"normalize": self.normalize, "first_column": self.first_column, "columns": self.columns, **options}
 
     def empty_gradients(self, need: Sequence[bool], dtype: torch.dtype | None = None) -> list[Tensor]:
         """Shapes of ``flat_gradients``, for a shape function."""
@@ -74,13 +79,16 @@ def pack(
     normalize: bool,
     first_column: int,
     columns: int,
+    centers: int = 1,
+    center_temperature: float | None = None,
     impl: str,
 ) -> Problem:
     """Heads taken apart, their tensors in the accumulation dtype of the rows."""
     flat = flatten(heads, accumulation_dtype(x.dtype))
     learned = (flat.scale, flat.row_bias, flat.column_bias)
     lists = (flat.tensors, flat.numbers, flat.factors)
-    return Problem(x, y, *learned, *lists, flat.spec, normalize, first_column, columns, impl)
+    sizes = (first_column, columns, centers)
+    return Problem(x, y, *learned, *lists, flat.spec, normalize, *sizes, center_temperature, impl)
 
 
 def flat_gradients(gradients: Gradients, x: Tensor) -> list[Tensor]:

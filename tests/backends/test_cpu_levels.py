@@ -266,4 +266,4 @@ def test_levels_that_do_not_fit_the_call(levels: list[tuple[int, int]], message:
     head = kernels._head(Head(), 40)
     results = [(array(torch.empty(40)), array(torch.empty(40))) for _ in range(2)]
     with pytest.raises(ValueError, match=message):
-        _C.masked_lse_forward(array(x), None, [head, head], levels, True, 0, 1, results)
+        _C.masked_lse_forward(array(x), None, [head, head], levels, True, 0, 1, results, (1, 0.0))

@@ -448,7 +448,7 @@ def test_nothing_is_touched_through_a_wrong_description(what: str, position: int
         target: _C.TargetTuple = (1, a["index"], None, [], [], 0, 0, none, None, None, 1.0, 0.0)
         head: _C.HeadTuple = (1.0, False, mask, target, a["row_bias"], a["column_bias"], 0)
         outputs = (a["lse"], a["t"], a["dx"], a["dy"], (a["scale"], None, None))
-        _C.masked_lse_sweep(a["x"], a["y"], head, True, 0, 1, a["weight"], *outputs)
+        _C.masked_lse_sweep(a["x"], a["y"], head, True, 0, 1, a["weight"], *outputs, (1, 0.0))
 
     sweep(a)
     with pytest.raises(ValueError, match=message):
@@ -477,7 +477,8 @@ def test_lists_that_say_where_nothing_is(
     tensors = torch.tensor(index), torch.tensor(offsets), torch.ones(weights)
     places, starts, values = (array(t) for t in tensors)
     target: _C.TargetTuple = (5, places, starts, [], [], 0, 0, none, values, None, 1.0, 0.0)
-    call = (array(x), None, [(1.0, False, none, target, None, None, 0)], [], False, 0, 1, [tuple(map(array, out))])
+    head, outputs = (1.0, False, none, target, None, None, 0), tuple(map(array, out))
+    call = (array(x), None, [head], [], False, 0, 1, [outputs], (1, 0.0))
     if message is None:
         _C.masked_lse_forward(*call)
         assert out[1].tolist() == [3, 3]  # one of two labels stands at a column beyond
@@ -490,10 +491,10 @@ def test_heads_that_do_not_fit_the_call() -> None:
     x, y, head = example(40, 50, 8)
     assert y is not None
     with pytest.raises(ValueError, match="heads: expected at least one"):
-        _C.masked_lse_forward(array(x), None, [], [], True, 0, 1, [])
+        _C.masked_lse_forward(array(x), None, [], [], True, 0, 1, [], (1, 0.0))
     described = kernels._head(head, 50)
     with pytest.raises(ValueError, match="results: expected one a head"):
-        _C.masked_lse_forward(array(x), array(y), [described], [], True, 0, 1, [])
+        _C.masked_lse_forward(array(x), array(y), [described], [], True, 0, 1, [], (1, 0.0))
     column, weight = replace(head, axis="column"), torch.ones(40, dtype=F64)
     options, need = Options(normalize=True, first_column=0, columns=50), Need(True, True, False, False, False)
     with pytest.raises(ValueError, match="one sweep serves one head over rows"):

@@ -21,7 +21,7 @@ F64 = torch.float64
 def test_many_more_columns_than_rows(dtype: torch.dtype, normalize: bool, target: str) -> None:
     """Columns are packed block by block, and S is multiplied twice: a block of rows is too large to be kept."""
     n, m, d = 70, 52_000, 6
-    assert not _C.sweep_plan(n, m, d, 4, torch.get_num_threads())[2]
+    assert not _C.sweep_plan(n, m, d, 4, torch.get_num_threads(), 1)[2]
     x, y = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
     index = torch.randint(0, m, (n,))
     several = Listed(
@@ -58,15 +58,17 @@ def test_many_more_columns_than_rows(dtype: torch.dtype, normalize: bool, target
 @pytest.mark.parametrize("d", [1, 64, 768, 4096])
 @pytest.mark.parametrize("n", [0, 1, 33, 64, 256, 8192, 131072])
 @pytest.mark.parametrize("m", [0, 1, 33, 8192, 20_000, 131072, 1_000_000])
-def test_sweep_plan(n: int, m: int, d: int, item: int, threads: int) -> None:
-    rows, columns, keep = _C.sweep_plan(n, m, d, item, threads)
+@pytest.mark.parametrize("centers", [1, 10])
+def test_sweep_plan(n: int, m: int, d: int, item: int, threads: int, centers: int) -> None:
+    rows, columns, keep = _C.sweep_plan(n, m, d, item, threads, centers)
+    item_bytes, item = item, item if centers == 1 else item * (1 + centers)
     assert 0 <= rows <= n
     assert (rows > 0) == (n > 0)
     assert columns % 32 == 0
     kept = rows * -(-m // columns) * columns * item
     assert not keep or kept <= 12 << 20
     assert keep or min(n, 64) * m * item > 12 << 20, "there was room for a block"
-    assert rows <= 64 or rows * threads * d * item <= 8 << 20, "the threads' parts of dX are large"
+    assert rows <= 64 or rows * threads * d * item_bytes <= 8 << 20, "the threads' parts of dX are large"
     assert keep or rows * columns * item <= 512 << 10, "a tile leaves the L2"
 
 

@@ -210,6 +210,6 @@ def test_reductions_that_are_none(reduction: int) -> None:
     x, out = torch.ones(4, 3), (array(torch.ones(4)), array(torch.ones(4)))
     *described, _ = kernels._head(Head(), 4)
     with pytest.raises(ValueError, match=r"heads\[0\].reduce: unknown kind"):
-        _C.masked_lse_forward(array(x), None, [(*described, reduction)], [], True, 0, 1, [out])
+        _C.masked_lse_forward(array(x), None, [(*described, reduction)], [], True, 0, 1, [out], (1, 0.0))
     with pytest.raises(ValueError, match="results: expected one an extremum"):
         _C.row_extrema(array(x), None, [(True, described[2])], True, 0, 1, [])

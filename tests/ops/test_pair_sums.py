@@ -311,7 +311,7 @@ def test_what_pytorch_expects(impl: str) -> None:
     for phi in functions.NAMES:
         flat = flatten([Head(scale, PairMask(offset=1), row_bias=-stat, column_bias=bias, reduce=phi)], F64)
         problem = (x, y, flat.scale, flat.row_bias, flat.column_bias, flat.tensors, flat.numbers, flat.factors)
-        options = (flat.spec, True, 0, 9, impl)
+        options = (flat.spec, True, 0, 9, 1, None, impl)
         torch.library.opcheck(torch.ops.fastret.masked_lse.default, (*problem, *options))
         results = torch.ops.fastret.masked_lse.default(*problem, *options)
         backward = ([torch.ones_like(r) for r in results], results[::2], *problem, *options, [True] * 5)

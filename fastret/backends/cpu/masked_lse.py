@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastret import _C
 from fastret.backends import phi
+from fastret.backends.centers import Centers
 from fastret.backends.cpu.array import ArrayTuple, array, rows_of
 from fastret.backends.pairs import (
     Circulant,
@@ -34,6 +35,10 @@ REDUCTIONS = ("lse", *phi.NAMES)  # in the order of csrc/cpu/masked_lse.h
 _UNEVEN = 1e6  # norm of a row over that of its first features
 
 _NO_MASK: "_C.MaskTuple" = (None, None, None, None, 0, None, None)
+
+
+def _centers(centers: Centers | None) -> tuple[int, float]:
+    return (1, 0.0) if centers is None else (centers.count, centers.temperature or 0.0)
 
 
 def _array(t: Tensor | None) -> ArrayTuple | None:
@@ -151,11 +156,19 @@ def _width_of(rows: Tensor | None, width: int) -> Tensor | None:
 
 
 def forward(
-    x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
+    x: Tensor,
+    y: Tensor | None,
+    heads: Sequence[Head],
+    *,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    centers: Centers | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse, t) of each head, as backends/reference defines them."""
     heads = [_ascending(h) for h in heads]
-    sizes = {"row": len(x), "column": len(x if y is None else y)}
+    group, temperature = _centers(centers)
+    sizes = {"row": len(x), "column": len(x if y is None else y) // group}
     lses = [torch.empty(sizes[h.axis], dtype=accumulation_dtype(x.dtype)) for h in heads]
     results = [(lse, torch.empty_like(lse)) for lse in lses]
     shares = _shares(x, y, heads, normalize)
@@ -164,7 +177,7 @@ def forward(
         described = [_head(heads[k], columns) for k in share.places]
         outputs = [(array(results[k][0]), array(results[k][1])) for k in share.places]
         problem = (array(rows), _array(others), described, share.levels, normalize, first_column)
-        _C.masked_lse_forward(*problem, torch.get_num_threads(), outputs)
+        _C.masked_lse_forward(*problem, torch.get_num_threads(), outputs, (group, temperature))
     if not _is_finite(x, y):  # a masked pair shows nothing
         results = [(torch.full_like(lse, torch.nan), torch.full_like(t, torch.nan)) for lse, t in results]
     return results
@@ -181,6 +194,7 @@ def backward(
     first_column: int,
     columns: int,
     need: Need,
+    centers: Centers | None = None,
 ) -> Gradients:
     """Gradients from those of each head's lse and t."""
     grads = [(g.contiguous(), h.contiguous()) for g, h in grads]
@@ -198,7 +212,8 @@ def backward(
         upstream = [(array(lses[k]), array(grads[k][0]), array(grads[k][1])) for k in share.places]
         outputs = [_arrays(parameters[k]) for k in share.places]
         problem = (array(rows), _array(others), described, share.levels, normalize, first_column)
-        _C.masked_lse_backward(*problem, torch.get_num_threads(), upstream, _array(dx), _array(dy), outputs)
+        sides = _array(dx), _array(dy)
+        _C.masked_lse_backward(*problem, torch.get_num_threads(), upstream, *sides, outputs, _centers(centers))
         dxs.append((share.width, dx))
         dys.append((share.width, dy))
     scale, row_bias, column_bias = (list(g) for g in zip(*parameters, strict=True))
@@ -215,6 +230,7 @@ def sweep(
     first_column: int,
     columns: int,
     need: Need,
+    centers: Centers | None = None,
 ) -> tuple[Tensor, Gradients]:
     """Sum of row_weight_i (lse_i - t_i) and its gradients, in the accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
@@ -237,6 +253,7 @@ def sweep(
         _array(dx),
         _array(dy),
         _arrays(parameters),
+        _centers(centers),
     )
     empty = (row_weight == 0) & (lse == -torch.inf)
     value = (row_weight * torch.where(empty, 0, lse - t)).sum()

@@ -6,21 +6,31 @@ import torch
 from torch import Tensor
 
 from fastret.backends import phi
+from fastret.backends.centers import Centers
 from fastret.backends.pairs import Block, Head
 from fastret.backends.rows import accumulation_dtype, poison, unit_rows
 
 
 def masked_lse(
-    x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
+    x: Tensor,
+    y: Tensor | None,
+    heads: Sequence[Head],
+    *,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    centers: Centers | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse, t) of each head: lse = log sum of exp over allowed logits (-inf, and no gradient, where there are none), or
     the sum of the head's phi over them; t = sum of Y l. Differentiable by autograd, twice."""
     y = x if y is None else y
     nothing = poison(x, y)
-    block = Block(0, len(x), 0, len(y), first_column)
+    block = Block(0, len(x), 0, len(y) if centers is None else len(y) // centers.count, first_column)
     results = []
     for head in heads:
         scores = score_block(x, y, head.width, normalize)
+        if centers is not None:
+            scores = centers.reduce(scores)
         lse, t = head_of_block(scores, head, block, columns)
         results.append((lse + nothing, t + nothing))
     return results

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastret.backends import phi
+from fastret.backends.centers import Centers
 from fastret.backends.pairs import Block, Gradients, Head, Need
 from fastret.backends.rows import PackedRows, accumulation_dtype, pack_rows, poison
 
@@ -17,36 +18,58 @@ Grads = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Tile:
-    """One block of the pair matrix; ``x`` and ``y`` are its rows and columns, packed, by feature width."""
+    """One block of the pair matrix; ``x`` and ``y`` are its rows and columns, packed, by feature width.
+
+    With centres a column is a class, and ``members`` are its rows of y; else they are ``columns``.
+    """
 
     block: Block
     rows: slice
     columns: slice
+    members: slice
     x: dict[int | None, PackedRows]
     y: dict[int | None, PackedRows]
+    centers: Centers | None
 
-    def scores(self, width: int | None) -> Tensor:
+    def products(self, width: int | None) -> Tensor:
         return self.x[width].rows @ self.y[width].rows.T
+
+    def scores(self, products: Tensor) -> Tensor:
+        return products if self.centers is None else self.centers.reduce(products)
+
+    def slopes(self, slopes: Tensor, products: Tensor) -> Tensor:
+        """dL/d(products) from dL/d(scores)."""
+        return slopes if self.centers is None else self.centers.expand(slopes, products)
 
     def side(self, axis: str) -> slice:
         """Where the results of a head lie."""
         return self.rows if axis == "row" else self.columns
 
 
-def tiles(x: Tensor, y: Tensor, widths: set[int | None], normalize: bool, first_column: int) -> Iterator[Tile]:
+def tiles(
+    x: Tensor,
+    y: Tensor,
+    widths: set[int | None],
+    normalize: bool,
+    first_column: int,
+    centers: Centers | None = None,
+) -> Iterator[Tile]:
     """The pair matrix in tiles, rows by rows; the same grid for every op and direction."""
 
     def pack(rows: Tensor) -> dict[int | None, PackedRows]:
         order = torch.arange(len(rows), device=rows.device)
         return {width: pack_rows(rows[:, :width], order, normalize) for width in widths}
 
+    group = 1 if centers is None else centers.count
+    classes, step = len(y) // group, max(1, COLUMNS // group)
     for i in range(0, len(x), ROWS):
         rows = slice(i, min(len(x), i + ROWS))
         packed = pack(x[rows])
-        for j in range(0, len(y), COLUMNS):
-            columns = slice(j, min(len(y), j + COLUMNS))
+        for j in range(0, classes, step):
+            columns = slice(j, min(classes, j + step))
+            members = slice(group * j, group * columns.stop)
             block = Block(i, rows.stop - i, j, columns.stop - j, first_column)
-            yield Tile(block, rows, columns, packed, pack(y[columns]))
+            yield Tile(block, rows, columns, members, packed, pack(y[members]), centers)
 
 
 def _logits(scores: Tensor, head: Head, b: Block) -> Tensor:
@@ -79,20 +102,27 @@ def _target(scores: Tensor, head: Head, b: Block, columns: int) -> Tensor | None
 
 
 def forward(
-    x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
+    x: Tensor,
+    y: Tensor | None,
+    heads: Sequence[Head],
+    *,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    centers: Centers | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse, t) of each head as backends/reference defines them."""
     gallery = x if y is None else y
-    sizes = {"row": len(x), "column": len(gallery)}
+    sizes = {"row": len(x), "column": len(gallery) // (1 if centers is None else centers.count)}
     empty = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
     start = [-torch.inf if h.reduce == "lse" else 0.0 for h in heads]
     results = [
         (empty.new_full((sizes[h.axis],), first), empty.new_zeros(sizes[h.axis]))
         for h, first in zip(heads, start, strict=True)
     ]
-    for tile in tiles(x, gallery, {h.width for h in heads}, normalize, first_column):
+    for tile in tiles(x, gallery, {h.width for h in heads}, normalize, first_column, centers):
         for width in tile.x:
-            scores = tile.scores(width)
+            scores = tile.scores(tile.products(width))
             for head, (lse, t) in zip(heads, results, strict=True):
                 if head.width != width:
                     continue
@@ -121,6 +151,7 @@ def backward(
     first_column: int,
     columns: int,
     need: Need,
+    centers: Centers | None = None,
 ) -> Gradients:
     """Gradients from those (g, h) of (lse, t) of each head."""
     gallery = x if y is None else y
@@ -139,21 +170,23 @@ def backward(
         zeros(need.row_bias, [h.row_bias for h in heads]),
         zeros(need.column_bias, [h.column_bias for h in heads]),
     )
-    for tile in tiles(x, gallery, {h.width for h in heads}, normalize, first_column):
+    for tile in tiles(x, gallery, {h.width for h in heads}, normalize, first_column, centers):
         for width in tile.x:
-            scores = tile.scores(width)
+            products = tile.products(width)
+            scores = tile.scores(products)
             slope = torch.zeros_like(scores)
             for k, head in enumerate(heads):
                 if head.width == width:
                     weight = _pair_weights(scores, head, tile, grads[k], lses[k], columns)
                     _add_scalars(result, k, weight, scores, tile)
                     slope += weight.mul_(head.scale)
+            slope = tile.slopes(slope, products)
             if dx is not None:
                 u, v = tile.x[width], tile.y[width]
                 dx[tile.rows, :width] += u.gradient(slope @ v.rows, wide)
             if dy is not None:
                 u, v = tile.x[width], tile.y[width]
-                dy[tile.columns, :width] += v.gradient(slope.T @ u.rows, wide)
+                dy[tile.members, :width] += v.gradient(slope.T @ u.rows, wide)
     return result._replace(
         x=None if dx is None else dx.add_(nothing).to(x.dtype),
         y=None if dy is None or y is None else dy.add_(nothing).to(y.dtype),

@@ -19,7 +19,7 @@ def forward(
     start = torch.zeros(len(x), dtype=accumulation_dtype(x.dtype), device=x.device)
     results = [(start + w, torch.full((len(x),), -1, device=x.device)) for w in worst]
     for tile in tiles(x, gallery, {None}, normalize, first_column):
-        scores = tile.scores(None)
+        scores = tile.products(None)
         for (kind, mask), (value, index), w in zip(extrema, results, worst, strict=True):
             allowed = mask.block(tile.block, scores)
             kept = scores if allowed is None else torch.where(allowed, scores, w)

@@ -27,6 +27,7 @@ from fastret.backends.pairs import (
     Shifted,
     Target,
 )
+from fastret.backends.registry import Call
 from fastret.backends.rows import PackedRows, accumulation_dtype, poison
 from fastret.backends.triton.rows import pack_padded, padded, total
 from fastret.kernels.triton import config, pairs
@@ -205,6 +206,11 @@ def _problems(
             chosen = [heads[k] for k in these]
             heavy = any(map(_by_threshold, chosen)) or sum(map(_conditions, chosen)) > CONDITIONS
             yield _Problem(u, v, chosen, these, heavy, first_column, columns)
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    return "the Triton kernels reduce no sub-centres; impl='tiled' does" if "centers" in call.options else None
 
 
 def forward(
