@@ -8,6 +8,7 @@
 // Two tiles that are worked at once share no rows and no columns (plan.h), so that every sum has one writer.
 #include "masked_lse.h"
 
+#include "both_axes.h"
 #include "centers.h"
 #include "gemm.h"
 #include "levels.h"
@@ -21,11 +22,11 @@ FASTRET_ISA_BEGIN
 template <class T> struct ThreadSpace {
   T *tile, *turned;          // products of a tile, and its scores' transpose
   T* levels;                 // scores of each of several levels; those of one are its products; products of centres
-  T *logits, *a, *b;         // one row
+  T *logits, *a, *b, *c;     // one row, or one column
   T* gemm;
   static int64_t row_elements(const Plan& p) { return std::max(p.row_block, p.col_block); }
   static int64_t elements(const Plan& p, int64_t tiles) {
-    return tiles * p.row_block * p.col_block + 3 * row_elements(p) + kGemmWorkspace;
+    return tiles * p.row_block * p.col_block + 4 * row_elements(p) + kGemmWorkspace;
   }
   ThreadSpace(const MaskedLseWork& w, int thread) {
     const int64_t size = w.plan.row_block * w.plan.col_block;
@@ -36,6 +37,7 @@ template <class T> struct ThreadSpace {
     logits = gemm + kGemmWorkspace;
     a = logits + row_elements(w.plan);
     b = a + row_elements(w.plan);
+    c = b + row_elements(w.plan);
   }
 };
 
@@ -85,13 +87,10 @@ template <class T> class MaskedLse {
   }
 
  private:
-  // Scores of rows [row, row + rows) and columns [col, col + cols): a tile, or the transpose of one; and whose they are.
-  struct Side {
+  // A tile, or the transpose of one; and whose it is.
+  struct Side : ScoreTile<T> {
     const LseLevelWork& level;
-    T* scores;
-    int64_t stride, row, rows, col, cols;
-    Span span(int64_t r, int64_t first_column) const { return {row + r, col, cols, first_column}; }
-    T* at(int64_t r) const { return scores + r * stride; }
+    Side(const LseLevelWork& level, const ScoreTile<T>& tile) : ScoreTile<T>(tile), level(level) {}
   };
 
   // Columns [begin, end), whose rows of y are packed at a time. Pointers count from the first of all columns.
@@ -172,11 +171,20 @@ template <class T> class MaskedLse {
   template <class Visit>
   void for_sides(const Tile& t, int64_t k, T* scores, const ThreadSpace<T>& space, Visit visit) const {
     const LseLevelWork& level = w_.levels[k];
-    visit(Side{level, scores, w_.plan.col_block, t.row, t.rows(), t.col, t.cols()});
-    if (t.two_sided) visit(Side{level, space.turned, w_.plan.row_block, t.col, t.cols(), t.row, t.rows()});
+    visit(Side(level, {scores, w_.plan.col_block, t.row, t.rows(), t.col, t.cols()}));
+    if (t.two_sided) visit(Side(level, {space.turned, w_.plan.row_block, t.col, t.cols(), t.row, t.rows()}));
+  }
+
+  // Whether the level's heads are one over rows and one over columns that a pair's one exponential serves.
+  bool has_both_axes(const LseLevelWork& level) const {
+    return level.head_end == level.head + 2 && share_logits(*w_.heads[level.head].head, *w_.heads[level.head + 1].head);
   }
 
   void reduce_side(const Side& side, const ThreadSpace<T>& space) const {
+    const LseHeadWork* heads = w_.heads + side.level.head;
+    if (has_both_axes(side.level) &&
+        reduce_both<T>(heads[0], heads[1], side, p_.first_column, {space.a, space.b, space.c, space.logits}))
+      return;
     for (int64_t k = side.level.head; k < side.level.head_end; ++k) {
       const LseHeadWork& h = w_.heads[k];
       const Reduction kind = h.head->reduce;
@@ -300,10 +308,7 @@ template <class T> class MaskedLse {
     const int64_t stride = w_.plan.col_block, last = w_.level_count - 1;
     for (int64_t k = 0; k <= last; ++k) {
       T* scores = score_tile(t, c, k, space, true);
-      for_sides(t, k, scores, space, [&](const Side& side) {
-        for (int64_t r = 0; r < side.rows; ++r)
-          weigh_row(side.level, side.span(r, p_.first_column), side.at(r), space);
-      });
+      for_sides(t, k, scores, space, [&](const Side& side) { weigh_side(side, space); });
       if (t.two_sided) transpose<true>(space.turned, w_.plan.row_block, t.cols(), t.rows(), scores, stride);
       slopes_of_products(t, w_.levels[k], space.tile, stride, scores);
     }
@@ -323,6 +328,15 @@ template <class T> class MaskedLse {
         gemm(Op::transpose, Op::none, t.cols(), width, t.rows(), slopes, stride, x_ + t.row * d_ + begin, d_, true,
              dy + t.col * d_ + begin, d_, space.gemm);
     }
+  }
+
+  void weigh_side(const Side& side, const ThreadSpace<T>& space) const {
+    const LseHeadWork* heads = w_.heads + side.level.head;
+    if (has_both_axes(side.level) &&
+        weigh_both<T>(heads[0], heads[1], side, p_.first_column, space.a, space.b))
+      return;
+    for (int64_t r = 0; r < side.rows; ++r)
+      weigh_row(side.level, side.span(r, p_.first_column), side.at(r), space);
   }
 
   // A row of a level's scores becomes the row of dL/dS, summed over its heads.
