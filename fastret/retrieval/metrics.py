@@ -180,7 +180,8 @@ def _matches(labels: Tensor, row_labels: Tensor) -> Tensor:
     """(queries,) the number of rows with the query's label."""
     values, inverse = torch.cat([labels.long(), row_labels.long()]).unique(return_inverse=True)
     query, row = inverse[: len(labels)], inverse[len(labels) :]
-    return row.bincount(minlength=len(values))[query]
+    counts: Tensor = row.bincount(minlength=len(values))
+    return counts[query]
 
 
 def _nearest(scores: Tensor, depth: int) -> Tensor:

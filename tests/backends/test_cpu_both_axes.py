@@ -2,17 +2,23 @@
 far below the others; elsewhere each goes by itself. Either way they are what the reference says."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastret import _C
 from fastret.ops import Head, Indexed, PairMask, Shifted, masked_lse
 
-_C = pytest.importorskip("fastret._C", reason="the C++ extension is not built")
-
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    yield
+    _C.set_isa("")
 
 
 def results(x: Tensor, y: Tensor | None, heads: list[Head], impl: str, *, learned: bool) -> list[Tensor]:

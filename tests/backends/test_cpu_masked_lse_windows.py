@@ -93,6 +93,24 @@ def test_windows_against_the_definition(
         torch.testing.assert_close(a, e, rtol=0, atol=(BOUNDS[dtype] + rounding) * (1 + e.abs().max().item()))
 
 
+@pytest.mark.parametrize("isa", _C.supported_isas())
+@pytest.mark.parametrize("temperature", [None, 0.3])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_windows_of_classes_with_several_centers(isa: str, temperature: float | None, normalize: bool) -> None:
+    _C.set_isa(isa)
+    x, y = normal(N, D, seed=1).float(), normal(3 * M, D, seed=2).float()
+    results = []
+    for impl in ("cpu", "reference"):
+        sides = [(t if impl == "cpu" else t.double()).requires_grad_() for t in (x.clone(), y.clone())]
+        head = Head(0.05, target=Indexed(torch.arange(N) * 31))
+        ((lse, t),) = masked_lse(
+            *sides, heads=[head], centers=3, center_temperature=temperature, normalize=normalize, impl=impl
+        )
+        results.append([lse, t, *torch.autograd.grad((lse - t).sum(), sides)])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=3e-5 * (1 + e.abs().max().item()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", _C.supported_isas())
 def test_scores_are_the_same_bits_in_every_pass(isa: str, dtype: torch.dtype) -> None:
