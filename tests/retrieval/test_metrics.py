@@ -60,6 +60,21 @@ def test_equals_loops(own_gallery: bool, dtype: torch.dtype, budget: int, monkey
     assert _all(x, labels, y, y_labels, ks) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("budget", [1, 300, 1 << 20], ids=lambda b: f"budget {b}")
+@pytest.mark.parametrize("largest", [1, 20])
+def test_one_ranking_gives_recall_and_map_at_r(budget: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of k and R is larger; equal rows stand on both sides of every cut."""
+    monkeypatch.setattr(metrics, "BUDGET", budget)
+    x = torch.randn(8, 3).repeat(6, 1)
+    labels = torch.randint(0, 7, (48,))
+    recalls, precision = metrics.recall_and_map_at_r(x, labels, ks=(1, largest))
+    assert recalls == recall_at_k(x, labels, ks=(1, largest))
+    assert precision == map_at_r(x, labels)
+    expected = _loops(x.double(), labels, None, None, (1, largest))
+    assert precision == pytest.approx(expected["map_at_r"], abs=1e-6)
+    assert recalls == pytest.approx({k: expected[f"recall@{k}"] for k in (1, largest)})
+
+
 def test_map_at_r_by_hand() -> None:
     """R = 3, hits at ranks 1, 3 and 4: (1/1 + 2/3) / 3, while mAP also counts rank 4."""
     angles = torch.tensor([0.1, 0.2, 0.3, 0.4])
