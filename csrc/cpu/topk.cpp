@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <type_traits>
 
+#include "best_first.h"
 #include "gemm.h"
 #include "pack.h"
 #include "pair_rows.h"
@@ -175,8 +175,7 @@ template <class T> class Topk {
 
   // The k best come first, the worst of them last; returns how many there are.
   int64_t keep_best(Key<T>* candidates, int64_t count) const {
-    if (count > w_.keep)
-      std::nth_element(candidates, candidates + w_.keep - 1, candidates + count, std::greater<Key<T>>());
+    if (count > w_.keep) select_best(candidates, count, w_.keep);
     return std::min(count, w_.keep);
   }
 
@@ -194,7 +193,7 @@ template <class T> class Topk {
 
   void deliver(int64_t i, Key<T>* candidates, int64_t count, const Array& scores, const Array& indices) const {
     const int64_t kept = keep_best(candidates, count);
-    std::sort(candidates, candidates + kept, std::greater<Key<T>>());
+    sort_best(candidates, kept);
     T* score = scores.as<T>() + i * scores.stride;
     int64_t* index = indices.as<int64_t>() + i * indices.stride;
     for (int64_t c = 0; c < kept; ++c) {

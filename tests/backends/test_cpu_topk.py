@@ -57,6 +57,26 @@ def test_threads_change_nothing(n: int, k: int) -> None:
         torch.testing.assert_close(topk(x, y, k=k, metric="l2"), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("order", ["ascending", "descending", "organ pipe", "equal", "random"])
+@pytest.mark.parametrize("k", [1, 2, 24, 25, 26, 300, 4999, 5000])
+def test_selection_of_any_order(order: str, k: int, dtype: torch.dtype) -> None:
+    """Candidates that all replace others, none, and runs of equals."""
+    steps = torch.arange(5000)
+    values = {
+        "ascending": steps,
+        "descending": -steps,
+        "organ pipe": (steps - 2500).abs(),
+        "equal": steps * 0,
+        "random": torch.randint(-50, 50, (5000,)),
+    }[order].to(dtype)
+    scores, indices = topk(torch.tensor([[1.0], [-1.0]], dtype=dtype), values[:, None], k=k, metric="dot")
+    for row, sign in enumerate((1, -1)):
+        expected = (sign * values).sort(descending=True, stable=True)
+        assert torch.equal(scores[row], expected.values[:k])
+        assert torch.equal(indices[row], expected.indices[:k])
+
+
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 1000, 60_502, 10**7])
 @pytest.mark.parametrize("m", [0, 1, 256, 5000, 10**9])
 @pytest.mark.parametrize("k", [1, 200, 10**6])
