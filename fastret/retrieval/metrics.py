@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastret.backends import registry
 from fastret.backends.pairs import PairMask
 from fastret.backends.rows import poison
 from fastret.ops.checks import check_labels, check_rows
@@ -202,6 +203,7 @@ def _rankings(
     # Those with the most matches first: a block looks at as many ranks as its first query needs.
     order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
     number = torch.arange(len(rows), device=rows.device)
+    impl = _serving(embeddings)
     begin = 0
     with search_bar(len(order), progress) as bar:
         while begin < len(order):
@@ -209,10 +211,19 @@ def _rankings(
             depth = max(most[wanted] if isinstance(wanted, str) else wanted for wanted in ranks)
             block = order[begin : begin + min(max(1, BUDGET // depth), rows_at_once(rows))]
             others = PairMask(distinct=(block, number)) if gallery is None else None
-            _, nearest = topk(embeddings[block], rows, k=depth, mask=others)
+            _, nearest = topk(embeddings[block], rows, k=depth, mask=others, impl=impl)
             yield row_labels[nearest] == labels[block, None], count[block]
             begin += len(block)
             bar.update(len(block))
+
+
+def _serving(x: Tensor) -> str:
+    """The implementation that is asked for; "auto" where that is one for training, which has no topk."""
+    name = registry.chosen(None)
+    if name == registry.AUTO:
+        return name
+    call = registry.Call("topk", x.device.type, x.dtype)
+    return registry.AUTO if registry.IMPLEMENTATIONS[name].unsupported(call) else name
 
 
 def _matches(labels: Tensor, row_labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastret
 from fastret.retrieval import (
     map_at_r,
     mean_average_precision,
@@ -165,6 +166,14 @@ def test_queries_without_match_are_counted(own_gallery: bool) -> None:
         queries_without_match(labels.float())
     with pytest.raises(TypeError, match="gallery_labels: expected an integer dtype"):
         queries_without_match(labels, labels.float())
+
+
+def test_an_implementation_for_training_does_not_stop_evaluation() -> None:
+    x, labels = torch.randn(40, 5), torch.arange(40) // 4
+    expected = map_at_r(x, labels)
+    for name in fastret.available_backends():
+        with fastret.backend(name):
+            assert map_at_r(x, labels) == pytest.approx(expected)
 
 
 def test_classes_of_very_unequal_size() -> None:
