@@ -7,8 +7,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastret import ops
-from fastret.backends.pairs import PairMask
+from fastret.backends.pairs import Head, PairMask
 from fastret.ops import checks
+from fastret.ops.heads import check_heads
 
 # Products of one call, where rows allow: a bar that moves, and still many rows for the kernels.
 _PRODUCTS = 1 << 34
@@ -64,6 +65,7 @@ def topk(
         left_out = PairMask(offset=first_index)
         mask = left_out if mask is None else mask & left_out
     mask = PairMask() if mask is None else mask
+    check_heads([Head(mask=mask)], query, gallery)  # before it is cut to the rows of a block
     found = [
         ops.topk(
             query[block],

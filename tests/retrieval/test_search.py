@@ -132,6 +132,9 @@ def test_bad_input_is_named(arguments: dict, error: type[Exception], message: st
     for bad, match in ((0, "k: expected at least 1"), (None, "k: expected an integer")):
         with pytest.raises((ValueError, TypeError), match=match):
             topk(X, Y, bad)
+    more = torch.zeros(51).long()
+    with pytest.raises(ValueError, match=r"mask.different\[0\]: expected shape \(50,\), got \(51,\)"):
+        topk(X, Y, 2, mask=PairMask(different=(more, torch.zeros(90).long())))
 
 
 def test_a_bar_shows_only_where_it_takes_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
