@@ -73,7 +73,7 @@ def topk(
     """
     x, y = _checked(x, y, k, metric, first_column)
     mask = PairMask() if mask is None else mask
-    check_heads([Head(mask=mask)], x, y)
+    check_heads([Head(mask=mask)], x, y.shape[0])
     chosen = registry.resolve("topk", x.device.type, x.dtype, impl)
     if chosen == "reference":
         return reference.forward(x, y, k, mask, metric=metric, first_column=first_column)

@@ -65,7 +65,7 @@ def topk(
         left_out = PairMask(offset=first_index)
         mask = left_out if mask is None else mask & left_out
     mask = PairMask() if mask is None else mask
-    check_heads([Head(mask=mask)], query, gallery)  # before it is cut to the rows of a block
+    check_heads([Head(mask=mask)], query, gallery.shape[0])  # before it is cut to the rows of a block
     found = [
         ops.topk(
             query[block],

@@ -15,7 +15,7 @@ def forward(x: Tensor, y: Tensor, k: int, mask: PairMask, *, metric: str, first_
     values = torch.full((len(x), k), -torch.inf, dtype=accumulation_dtype(x.dtype), device=x.device)
     indices = torch.full((len(x), k), -1, device=x.device)
     for tile in tiles(x, y, {None}, metric == "cosine", first_column):
-        scores = _distances(tile) if metric == "l2" else tile.scores(None)
+        scores = _distances(tile) if metric == "l2" else tile.products(None)
         allowed = mask.block(tile.block, scores)
         number = ~scores.isnan()
         candidates = torch.where(number if allowed is None else number & allowed, scores * sign, -torch.inf)
@@ -31,4 +31,4 @@ def forward(x: Tensor, y: Tensor, k: int, mask: PairMask, *, metric: str, first_
 def _distances(tile: Tile) -> Tensor:
     x, y = tile.x[None].rows, tile.y[None].rows
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
-    return (squares - 2 * tile.scores(None)).clamp_min(0)
+    return (squares - 2 * tile.products(None)).clamp_min(0)
