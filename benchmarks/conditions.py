@@ -25,6 +25,12 @@ def pml_missing(device: str) -> str | None:
     return None
 
 
+def faiss_missing(device: str) -> str | None:
+    if device != "cpu":
+        return "faiss is measured on the CPU"
+    return None if importlib.util.find_spec("faiss") is not None else "faiss-cpu is not installed"
+
+
 def inductor_missing(device: str) -> str | None:
     if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "torch.compile needs a C++ compiler"

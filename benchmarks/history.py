@@ -22,7 +22,7 @@ class Record:
         date: of the run (UTC, to the second).
         size: JSON.
         metric: "time_ms"; "time_ratio", the time over the floor of the same run; "peak_mib", memory at the peak beyond
-            inputs and returned gradients.
+            inputs and what is returned.
         value: the median for times.
         p20, p80: percentiles, for times.
         floor_ms: the floor's median, for times.

@@ -28,7 +28,7 @@ class Memory:
     """Mebibytes at the peak of one forward and backward.
 
     Attributes:
-        extra: beyond the inputs and the gradients that are returned.
+        extra: beyond the inputs and the gradients, or the result of an op without any, that are returned.
         raw: beyond the inputs.
     """
 
@@ -68,7 +68,7 @@ def measure_here(op: Op, variant: Variant, size: Size, *, device: str, seed: int
     before = _start(device)
     result = op.run(variant, inputs)
     peak = _peak(device) - before
-    return Memory(extra=(peak - _gradient_bytes(result)) / MIB, raw=peak / MIB)
+    return Memory(extra=(peak - _returned_bytes(result)) / MIB, raw=peak / MIB)
 
 
 def _start(device: str) -> int:
@@ -96,8 +96,9 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _gradient_bytes(result: Result) -> int:
-    return sum(gradient.untyped_storage().nbytes() for gradient in result.gradients.values())
+def _returned_bytes(result: Result) -> int:
+    returned = result.gradients.values() or (result.loss,)
+    return sum(tensor.untyped_storage().nbytes() for tensor in returned)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from benchmarks.report import machine
 
 SMALLEST_PEAK = 0.1  # MiB; below, the peak of a process is noise
 
-_PANELS = {TIME: "ms, median", PEAK: "MiB at the peak beyond inputs and gradients"}
+_PANELS = {TIME: "ms, median", PEAK: "MiB at the peak beyond inputs and what is returned"}
 
 
 def plot(op: Op, records: list[Record], path: Path) -> None:
@@ -30,7 +30,7 @@ def plot(op: Op, records: list[Record], path: Path) -> None:
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         _panel(axes, op, [record for record in records if record.metric == metric], metric)
     fixed = ", ".join(f"{name.upper()} = {value}" for name, value in op.fixed.items())
-    figure.suptitle(f"{op.name}, forward + backward, {fixed}: {machine(records[0])}", fontsize=11)
+    figure.suptitle(f"{op.name}, {op.passes}, {fixed}: {machine(records[0])}", fontsize=11)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -17,7 +17,10 @@ Inputs = dict[str, Tensor]
 
 
 class Result(NamedTuple):
-    """What one forward and backward returns: the loss, and the gradient of each input that is asked for."""
+    """What one forward and backward returns: the loss, and the gradient of each input that is asked for.
+
+    Of an op without gradients, what its forward returns, of any shape, stands in the place of the loss.
+    """
 
     loss: Tensor
     gradients: Inputs
@@ -35,13 +38,18 @@ def _any_size(size: Size) -> str | None:
     return None
 
 
+def _itself(inputs: Inputs, result: Tensor) -> Tensor:
+    return result
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to compute an op.
 
     Attributes:
         name: as in tables and in the history.
-        forward: the loss (a 0-dim tensor) of prepared inputs; the harness runs backward.
+        forward: the loss (a 0-dim tensor) of prepared inputs, of which the harness runs backward; or what an op
+            without gradients returns.
         prepare: turns the op's inputs into this variant's, once, outside of what is measured.
         missing: why it cannot run here on a device type (a package, an extension), or None.
         unfit: why it is not run at a size, or None.
@@ -73,16 +81,18 @@ class Op:
         module: where ``OP`` is, for the processes that measure memory.
         axis: the dimension that is varied ("n"), over ``sizes``; ``fixed`` holds the others.
         setup: inputs (CPU) of a size and a seed.
-        gradients: inputs that receive a gradient, where present.
+        gradients: inputs that receive a gradient, where present; none: an op that has no backward.
         variants: ways to compute it.
         oracle: the loss by definition, of float64 inputs.
         probe: inputs of the correctness check, derived from those that are timed: where the definition is too big for
             all of them, with something in them that restricts it to a part.
-        loss_tolerance: largest error of the loss.
+        loss_tolerance: largest error of the loss, or of any number of what is judged in its place.
         gradient_tolerance: largest error of a gradient, relative to its norm.
         floor: from inputs, a call that does the least work any implementation could do.
         floor_name: what that is.
         warm_up: value of the axis that loads code and starts threads before memory is measured.
+        judged: of float64 inputs and a result, what is compared with the same of the definition's result; for results
+            that may differ and be as good, such as indices.
     """
 
     name: str
@@ -100,6 +110,12 @@ class Op:
     floor: Callable[[Inputs], Callable[[], None]]
     floor_name: str
     warm_up: int
+    judged: Callable[[Inputs, Tensor], Tensor] = _itself
+
+    @property
+    def passes(self) -> str:
+        """What is timed."""
+        return "forward + backward" if self.gradients else "forward"
 
     def size(self, value: int) -> Size:
         """The size with this value on the axis."""
@@ -116,6 +132,8 @@ class Op:
 
     def step(self, forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Result:
         """One forward and backward."""
+        if not self.gradients:
+            return Result(forward(inputs), {})
         leaves = {name: inputs[name].detach().requires_grad_() for name in self.gradients if name in inputs}
         loss = forward({**inputs, **leaves})
         gradients = torch.autograd.grad(loss, list(leaves.values()))

@@ -38,7 +38,7 @@ def table(op: Op, records: list[Record]) -> str:
     axis = op.axis.upper()
     cells = {(r.variant, r.dimensions[op.axis], r.metric): r for r in records}
     lines = [
-        f"| {op.name}, forward + backward | " + " | ".join(f"{axis} = {value:,}" for value in values) + " |",
+        f"| {op.name}, {op.passes} | " + " | ".join(f"{axis} = {value:,}" for value in values) + " |",
         "|---|" + "---:|" * len(values),
         f"| {op.floor_name} | " + " | ".join(f"{number(_floor(records, op, value))} ms" for value in values) + " |",
     ]
@@ -52,7 +52,7 @@ def table(op: Op, records: list[Record]) -> str:
         "",
         f"{fixed}, float32; {machine(first)}; torch {first.torch}, fastret {first.fastret}, commit {first.commit}, "
         f"{first.date[:10]}. Median time (times the first line of the same run) and peak memory beyond inputs and "
-        "gradients.",
+        f"{'gradients' if op.gradients else 'results'}.",
     ]
     reasons = {v.name: {reason for n in values if (reason := v.unfit(op.size(n)))} for v in variants}
     notes = [(v.name, "; ".join(filter(None, (v.note, *sorted(reasons[v.name]))))) for v in variants]

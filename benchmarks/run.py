@@ -136,6 +136,8 @@ def _run_size(op: Op, size: Size, options: Options, result: Run) -> None:
             agreements[variant.name] = agreement
         else:
             reason = f"wrong: loss off by {agreement.loss:.1e}, gradient by {agreement.gradient:.1e} of its norm"
+            if not op.gradients:
+                reason = f"wrong: off by {agreement.loss:.1e}"
             result.refusals.append(Refusal(variant.name, size, reason, wrong=True))
     if not agreements:
         return

@@ -128,6 +128,19 @@ def pair_dot_backward(
     dy: ArrayTuple | None,
     /,
 ) -> None: ...
+def topk(
+    x: ArrayTuple,
+    y: ArrayTuple,
+    k: int,
+    mask: MaskTuple,
+    metric: int,
+    first_column: int,
+    threads: int,
+    scores: ArrayTuple,
+    indices: ArrayTuple,
+    /,
+) -> None: ...
+def topk_plan(n: int, m: int, k: int, key_bytes: int, threads: int, /) -> tuple[int, int, int, int]: ...
 def sweep_plan(n: int, m: int, d: int, item_bytes: int, threads: int, centers: int, /) -> tuple[int, int, bool]: ...
 def plan(n: int, m: int, symmetric: bool, threads: int, /) -> tuple[int, int]: ...
 def window(n: int, m: int, d: int, item_bytes: int, threads: int, /) -> int: ...

@@ -64,6 +64,30 @@ inline SweepPlan sweep_plan(int64_t n, int64_t m, int64_t d, int64_t item_bytes,
   return {n == 0 ? 0 : (n + blocks - 1) / blocks, cols, keep, planes(centers)};
 }
 
+// The k best of every row: blocks of rows, each against parts of the columns, whose k best are merged.
+struct TopkPlan {
+  int64_t row_block = 1, parts = 1, part_cols = 0;
+  int64_t capacity = 0;  // candidates of a row before all but the k best are dropped
+  static constexpr int64_t kCols = 256;  // columns of a tile
+};
+
+// Many rows a block: the columns are read from memory, and packed, once a block. Scores of a tile stay in L2, the
+// candidates of a block within kCandidateBytes a thread, as far as rows allow. Too few rows for all threads: in parts.
+inline TopkPlan topk_plan(int64_t n, int64_t m, int64_t k, int64_t key_bytes, int threads) {
+  constexpr int64_t kMost = 512, kThinnest = 64, kLeast = 16, kCandidateBytes = 16 << 20, kPart = 8 * TopkPlan::kCols;
+  auto pieces = [](int64_t size, int64_t piece) { return (size + piece - 1) / piece; };
+  const int64_t t = std::max(1, threads);
+  TopkPlan p;
+  p.capacity = (k < m / 2 ? 2 * k : m) + TopkPlan::kCols;
+  const int64_t fit = std::clamp(kCandidateBytes / (p.capacity * key_bytes), kLeast, kMost);
+  int64_t blocks = std::max(pieces(n, fit), std::min(pieces(n, kThinnest), t));
+  if (blocks > t) blocks = pieces(blocks, t) * t;
+  p.row_block = std::max<int64_t>(1, pieces(n, std::max<int64_t>(1, blocks)));
+  p.parts = std::clamp<int64_t>(std::min(pieces(t, std::max<int64_t>(1, blocks)), m / kPart), 1, t);
+  p.part_cols = pieces(pieces(m, p.parts), TopkPlan::kCols) * TopkPlan::kCols;
+  return p;
+}
+
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two
 // threads of a round never add to the same rows: no atomics, and every run with the same blocks adds in the same order.
 class Tournament {

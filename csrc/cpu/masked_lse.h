@@ -5,19 +5,9 @@
 
 #include "../common/array.h"
 #include "../common/plan.h"
+#include "pair_mask.h"
 
 namespace fastret {
-
-// Which pairs count: a conjunction of what is given (fastret/backends/pairs.py).
-struct PairMask {
-  struct Relation {
-    Array row, col;  // int64 (1, N), (1, M); no data: no condition
-  };
-  Relation same, different, distinct;
-  bool has_offset = false;
-  int64_t offset = 0, period = 0;  // column != row + offset, modulo the period unless that is 0
-  Array above, below;              // (1, N) bounds of the unscaled score
-};
 
 // Y_ij = factor * (what the kind says) + uniform
 struct PairTarget {

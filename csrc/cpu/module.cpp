@@ -11,6 +11,7 @@
 #include "pair_dot.h"
 #include "rank_sums.h"
 #include "settings.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -171,6 +172,17 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           pair_dot_backward(p, array(grad), array(dx), array(dy));
         });
+  m.def("topk", [](const ArrayTuple& x, const ArrayTuple& y, int64_t k, const MaskTuple& allowed, int metric,
+                   int64_t first_column, int threads, const ArrayTuple& scores, const ArrayTuple& indices) {
+    require(metric >= 0 && metric <= static_cast<int>(TopkMetric::l2), "metric", "unknown kind");
+    const TopkProblem p{array(x), array(y), k, mask(allowed), static_cast<TopkMetric>(metric), first_column, threads};
+    const py::gil_scoped_release release;
+    topk(p, array(scores), array(indices));
+  });
+  m.def("topk_plan", [](int64_t n, int64_t m, int64_t k, int64_t key_bytes, int threads) {
+    const TopkPlan p = topk_plan(n, m, k, key_bytes, threads);
+    return std::tuple{p.row_block, p.parts, p.part_cols, p.capacity};
+  });
   m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads, int64_t centers) {
     const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads, centers);
     return std::tuple{p.rows, p.col_block, p.keep};

@@ -1,6 +1,9 @@
 // Vectors of the width of the instruction set, in GCC vector extensions (GCC and Clang, x86 and Arm).
 #pragma once
 #include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "isa.h"
 
@@ -41,6 +44,34 @@ template <class T> inline T sum(Vec<T> v) {
   T s = v[0];
   for (int i = 1; i < lanes<T>; ++i) s += v[i];
   return s;
+}
+
+// Bit i: lane i of a is greater than that of b; not set where either is NaN. Vector extensions have no such reduction.
+inline uint32_t lanes_above(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
+#elif defined(__x86_64__)
+  return uint32_t(_mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < lanes<float>; ++i) bits |= uint32_t(a[i] > b[i]) << i;
+  return bits;
+#endif
+}
+inline uint32_t lanes_above(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)));
+#elif defined(__x86_64__)
+  return uint32_t(_mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < lanes<double>; ++i) bits |= uint32_t(a[i] > b[i]) << i;
+  return bits;
+#endif
 }
 
 // 2^x for x clamped to the exponents of normal numbers. Relative error 5e-9 (float, before rounding), 1e-19 (double):

@@ -74,6 +74,16 @@ class PairMask:
             raise ValueError(f"PairMask: {', '.join(twice)} stated twice")
         return replace(self, **theirs)
 
+    def of_rows(self, begin: int, end: int) -> PairMask:
+        """The mask of rows [begin, end), which then count from 0."""
+
+        def cut(relation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if relation is None else (relation[0][begin:end], relation[1])
+
+        above, below = (None if bound is None else bound[begin:end] for bound in (self.above, self.below))
+        offset = None if self.offset is None else self.offset + begin
+        return PairMask(cut(self.same), cut(self.different), cut(self.distinct), offset, self.period, above, below)
+
     def block(self, b: Block, scores: Tensor) -> Tensor | None:
         """(rows, columns) bool, or None where every pair is allowed. ``scores`` are those of the block, unscaled."""
         allowed: list[Tensor] = []

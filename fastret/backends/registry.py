@@ -145,14 +145,21 @@ def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None, options:
         ValueError: the name is unknown, or the explicit choice cannot serve the call.
         NotImplementedError: the explicit choice could serve it but for an option.
     """
+    serving: str = _serving(op, device, dtype, chosen(impl), options)
+    return serving
+
+
+def chosen(impl: str | None) -> str:
+    """The name that is asked for: by argument, by the surrounding ``backend``, by the environment, or "auto".
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if impl is not None:
-        name = _check_name(impl, "impl")
-    elif (within := getattr(_chosen, "name", None)) is not None:
-        name = within
-    else:
-        name = _check_name(_environment, "FASTRET_IMPL")
-    chosen: str = _serving(op, device, dtype, name, options)
-    return chosen
+        return _check_name(impl, "impl")
+    if (within := getattr(_chosen, "name", None)) is not None:
+        return str(within)
+    return _check_name(_environment, "FASTRET_IMPL")
 
 
 @torch.compiler.assume_constant_result  # imports modules, which a traced function must not

@@ -11,15 +11,20 @@ cone; without m all proxies would point the same way.
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastret.backends.pairs import Head, Indexed, Listed
 from fastret.backends.rows import accumulation_dtype, unit_rows
-from fastret.losses.reduction import check_reduction
+from fastret.losses.reduction import check_reduction, reduce_valid, row_weights
 from fastret.ops import checks
+from fastret.ops.masked_lse import masked_lse
+from fastret.ops.masked_lse_sum import masked_lse_sum
+
+ClassLabels = Tensor | Sequence[Sequence[int] | Tensor]
 
 _NOISE = 0.1  # length of what tells the centres of a class apart at first, beside that of their mean
 
@@ -31,14 +36,60 @@ def check_proxies(x: Tensor, proxies: Tensor, labels: Tensor, name: str = "proxi
         TypeError, ValueError: naming the argument, what was given and what is expected; also C < 2, and a label that
             no class has (on a GPU by device assert, without waiting for it).
     """
+    _check_pair(x, proxies, name)
+    checks.check_labels(labels, x, "labels")
+    return _classes(labels, proxies)
+
+
+def _check_pair(x: Tensor, proxies: Tensor, name: str) -> None:
     checks.check_rows(x, "x")
     checks.check_rows(proxies, name, like=x)
     if proxies.shape[0] < 2:
         raise ValueError(f"{name}: expected at least 2 rows, one a class, got {proxies.shape[0]}")
-    checks.check_labels(labels, x, "labels")
+
+
+def _classes(labels: Tensor, proxies: Tensor) -> Tensor:
     labels = labels.long()  # before its values are compared with a number its own dtype may not hold
     checks.check_range(labels, proxies.shape[0], "labels")
     return labels
+
+
+def class_targets(x: Tensor, proxies: Tensor, labels: ClassLabels) -> tuple[Indexed | Listed, Tensor | None]:
+    """Targets of rows against a proxy a class, and which rows have any (None: all).
+
+    Args:
+        labels: (B,) integers; or B sequences of integers, where a row has several classes: they share the target
+            equally, one that is named twice has two shares, and a row without any is not to be counted.
+
+    Raises:
+        TypeError, ValueError: as ``check_proxies``.
+    """
+    if isinstance(labels, Tensor):
+        return Indexed(check_proxies(x, proxies, labels)), None
+    if not isinstance(labels, Sequence) or not all(isinstance(own, (Sequence, Tensor)) for own in labels):
+        raise TypeError(f"labels: expected a tensor (B,) or a sequence of sequences, got {type(labels).__name__}")
+    _check_pair(x, proxies, "proxies")
+    if len(labels) != x.shape[0]:
+        raise ValueError(f"labels: expected {x.shape[0]} sequences, one a row, got {len(labels)}")
+    given = [torch.as_tensor(own, device=x.device) for own in labels if len(own)]  # an empty list has no integer dtype
+    index = torch.cat(given) if given else torch.empty(0, dtype=torch.int64, device=x.device)
+    checks.check_labels(index, index, "labels")
+    count = torch.tensor([len(own) for own in labels], dtype=torch.int64)
+    share = 1 / count.clamp_min(1).to(accumulation_dtype(x.dtype))
+    offsets, weight = nn.functional.pad(count.cumsum(0), (1, 0)), share.repeat_interleave(count)
+    listed = Listed(offsets.to(x.device), _classes(index, proxies), weight.to(x.device))
+    return listed, (count > 0).to(x.device)
+
+
+def softmax_losses(
+    x: Tensor, proxies: Tensor, head: Head, valid: Tensor | None, reduction: str, impl: str | None
+) -> Tensor:
+    """lse - t of one head, over rows that are valid."""
+    if reduction != "none":
+        weight = row_weights(x, valid, reduction)
+        return masked_lse_sum(x, proxies, head=head, row_weight=weight, impl=impl)
+    ((lse, t),) = masked_lse(x, proxies, heads=[head], impl=impl)
+    return reduce_valid(lse - t, valid, reduction)
 
 
 class ProxyLoss(nn.Module):

@@ -22,17 +22,15 @@ import torch
 from torch import Tensor
 
 from fastret.backends.pairs import Head, Indexed, PairMask
-from fastret.losses.proxies import ProxyLoss, check_proxies
-from fastret.losses.reduction import check_reduction, row_weights
+from fastret.losses.proxies import ClassLabels, ProxyLoss, class_targets, softmax_losses
+from fastret.losses.reduction import check_reduction
 from fastret.ops import checks
-from fastret.ops.masked_lse import masked_lse
-from fastret.ops.masked_lse_sum import masked_lse_sum
 
 
 def proxy_nca(
     x: Tensor,
     proxies: Tensor,
-    labels: Tensor,
+    labels: ClassLabels,
     *,
     smoothing: float = 0.0,
     scaling_x: float | Tensor = 3.0,
@@ -47,7 +45,8 @@ def proxy_nca(
     Args:
         x: (B, D) embeddings, of any length: they are normalised.
         proxies: (C, D), C >= 2, likewise; one of length 0 has cosine 0 with everything.
-        labels: (B,) integers from 0 to C - 1.
+        labels: (B,) integers from 0 to C - 1; or B sequences of them, where rows have several classes: the target is
+            shared equally, a row without any is not counted. Not with include_positive=False.
         smoothing: s, from 0 to (C - 1) / C, where the own class is no more wanted than any other.
         scaling_x, scaling_p: lengths sx, sp > 0 of the scaled rows and proxies; 0-dim tensors receive a gradient.
         include_positive: the own proxy is in the denominator.
@@ -62,24 +61,22 @@ def proxy_nca(
         TypeError, ValueError: naming the argument, what was given and what is expected; also smoothing without
             include_positive, which has no definition.
     """
-    labels = check_proxies(x, proxies, labels)
+    target, valid = class_targets(x, proxies, labels)
     check_reduction(reduction)
     classes = proxies.shape[0]
     _check_options(classes, smoothing, scaling_x, scaling_p, include_positive, sign)
     mask = PairMask()
     if not include_positive:
-        mask = PairMask(different=(labels, torch.arange(classes, device=labels.device)))
+        if not isinstance(target, Indexed):
+            raise ValueError("labels: expected one class a row with include_positive=False, got sequences")
+        mask = PairMask(different=(target.index, torch.arange(classes, device=x.device)))
     head = Head(
         -sign * 2 * scaling_x * scaling_p,
         mask,
-        Indexed(labels),
+        target,
         min(smoothing * classes / (classes - 1), 1.0),  # rounding may lead beyond 1
     )
-    if reduction != "none":
-        weight = row_weights(x, None, reduction)
-        return masked_lse_sum(x, proxies, head=head, row_weight=weight, impl=impl)
-    ((lse, t),) = masked_lse(x, proxies, heads=[head], impl=impl)
-    return lse - t
+    return softmax_losses(x, proxies, head, valid, reduction, impl)
 
 
 def _check_options(
@@ -156,8 +153,8 @@ class ProxyNCA(ProxyLoss):
         self.include_positive = include_positive
         self.sign = sign
 
-    def forward(self, X: Tensor, T: Tensor) -> Tensor:
-        """Loss of embeddings ``X`` (B, D) of the classes ``T`` (B,)."""
+    def forward(self, X: Tensor, T: ClassLabels) -> Tensor:
+        """Loss of embeddings ``X`` (B, D) of the classes ``T`` (B,), or B sequences of classes."""
         return proxy_nca(
             X,
             self.proxies,

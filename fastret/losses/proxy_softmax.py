@@ -18,16 +18,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastret.losses.info_nce import info_nce
-from fastret.losses.proxies import ProxyLoss, check_proxies
+from fastret.backends.pairs import Head
+from fastret.losses.proxies import ClassLabels, ProxyLoss, class_targets, softmax_losses
 from fastret.losses.proxy_nca import proxy_nca
+from fastret.losses.reduction import check_reduction, over_temperature
 from fastret.ops import checks
 
 
 def normalized_softmax(
     x: Tensor,
     proxies: Tensor,
-    labels: Tensor,
+    labels: ClassLabels,
     *,
     temperature: float | Tensor = 0.05,
     reduction: str = "mean",
@@ -42,14 +43,17 @@ def normalized_softmax(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
-    labels = check_proxies(x, proxies, labels)
-    return info_nce(x, proxies, labels, temperature=temperature, reduction=reduction, impl=impl)
+    target, valid = class_targets(x, proxies, labels)
+    checks.check_positive(temperature, "temperature")
+    check_reduction(reduction)
+    head = Head(over_temperature(temperature, x), target=target)
+    return softmax_losses(x, proxies, head, valid, reduction, impl)
 
 
 def proxy_nca_plus_plus(
     x: Tensor,
     proxies: Tensor,
-    labels: Tensor,
+    labels: ClassLabels,
     *,
     scale: float | Tensor = 3.0,
     reduction: str = "mean",
@@ -103,8 +107,8 @@ class NormalizedSoftmax(ProxyLoss):
         checks.check_positive(temperature, "temperature")
         self.temperature = temperature
 
-    def forward(self, X: Tensor, T: Tensor) -> Tensor:
-        """Loss of embeddings ``X`` (B, D) of the classes ``T`` (B,)."""
+    def forward(self, X: Tensor, T: ClassLabels) -> Tensor:
+        """Loss of embeddings ``X`` (B, D) of the classes ``T`` (B,), or B sequences of classes."""
         return normalized_softmax(
             X, self.proxies, T, temperature=self.temperature, reduction=self.reduction, impl=self.impl
         )
@@ -150,8 +154,8 @@ class ProxyNCAPlusPlus(ProxyLoss):
         checks.check_positive(scale, "scale")
         self.scale = scale
 
-    def forward(self, X: Tensor, T: Tensor) -> Tensor:
-        """Loss of embeddings ``X`` (B, D) of the classes ``T`` (B,)."""
+    def forward(self, X: Tensor, T: ClassLabels) -> Tensor:
+        """Loss of embeddings ``X`` (B, D) of the classes ``T`` (B,), or B sequences of classes."""
         return proxy_nca_plus_plus(X, self.proxies, T, scale=self.scale, reduction=self.reduction, impl=self.impl)
 
     def extra_repr(self) -> str:

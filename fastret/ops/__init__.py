@@ -7,6 +7,7 @@ from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.pair_sums import pair_sums
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 from fastret.ops.row_extrema import row_extrema
+from fastret.ops.topk import topk
 
 __all__ = [
     "Circulant",
@@ -26,4 +27,5 @@ __all__ = [
     "rank_sums",
     "row_extrema",
     "sum_by_query",
+    "topk",
 ]

@@ -1,5 +1,21 @@
-"""Evaluation of embeddings as a retrieval system."""
+"""Search, and evaluation of embeddings as a retrieval system."""
 
-from fastret.retrieval.metrics import map_at_r, mean_average_precision, r_precision, recall_at_k
+from fastret.retrieval.knn import knn_classify
+from fastret.retrieval.metrics import (
+    map_at_r,
+    mean_average_precision,
+    queries_without_match,
+    r_precision,
+    recall_at_k,
+)
+from fastret.retrieval.search import topk
 
-__all__ = ["map_at_r", "mean_average_precision", "r_precision", "recall_at_k"]
+__all__ = [
+    "knn_classify",
+    "map_at_r",
+    "mean_average_precision",
+    "queries_without_match",
+    "r_precision",
+    "recall_at_k",
+    "topk",
+]

@@ -12,9 +12,11 @@ Recall@k here is the one of Jegou et al. (PAMI 2011) and Song et al. (CVPR 2016)
 A Metric Learning Reality Check, ECCV 2020. Without a gallery the embeddings are their own, each query left out.
 Rows are normalised as torch.nn.functional.normalize does; equal scores are ranked by gallery index, the lower first.
 
-Cost: one N x M matmul and a selection of each query's nearest, as many as the metric looks at (the largest k or R); mAP
-sorts all M scores. Memory: a copy of the normalised rows and a fixed budget for a block of queries, O(block x M);
-nothing is N x M.
+Queries without a match are excluded; ``queries_without_match`` counts them.
+
+Cost: one N x M matmul and a selection of each query's nearest (``fastret.ops.topk``), as many as the metric looks at
+(the largest k or R); mAP ranks all M rows. Memory: a fixed budget for the ranks of a block of queries; nothing is
+N x M, and rows are read where they lie.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastret.backends.rows import accumulation_dtype, row_norms
+from fastret.backends import registry
+from fastret.backends.pairs import PairMask
+from fastret.backends.rows import poison
 from fastret.ops.checks import check_labels, check_rows
-
-# Scores ranked at once: fewer leave the matmul too few rows, more leave the cache.
-BUDGET = 1 << 21
+from fastret.ops.topk import topk
+from fastret.retrieval.search import BUDGET, rows_at_once, search_bar
 
 # What a metric makes of a block: the matches in rank order (queries, ranks) bool and R (queries,), to one row a query.
 PerQuery = Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +45,7 @@ def recall_at_k(
     ks: Sequence[int] = (1, 10),
     gallery: Tensor | None = None,
     gallery_labels: Tensor | None = None,
+    progress: bool = True,
 ) -> dict[int, float]:
     """Share of queries with a match among their k nearest, for each k; formulas and cost: top of this file.
 
@@ -51,6 +55,7 @@ def recall_at_k(
         ks: numbers of neighbours, each between 1 and the size of the gallery (N - 1 without one).
         gallery: (M, D) rows to search; None: the embeddings themselves, each query left out.
         gallery_labels: (M,) integers, given exactly when gallery is.
+        progress: a bar where it takes more than a few seconds.
 
     Returns:
         {k: recall@k}, each in [0, 1].
@@ -65,11 +70,17 @@ def recall_at_k(
     def found(matches: Tensor, _: Tensor) -> Tensor:
         return _found(matches, ks)
 
-    return dict(zip(ks, _mean(found, (max(ks),), embeddings, labels, gallery, gallery_labels).tolist(), strict=True))
+    means = _mean(found, (max(ks),), embeddings, labels, gallery, gallery_labels, progress)
+    return dict(zip(ks, means.tolist(), strict=True))
 
 
 def r_precision(
-    embeddings: Tensor, labels: Tensor, *, gallery: Tensor | None = None, gallery_labels: Tensor | None = None
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    progress: bool = True,
 ) -> float:
     """Share of matches among a query's R nearest, averaged over queries; arguments and errors as in recall_at_k."""
     _check(embeddings, labels, gallery, gallery_labels)
@@ -77,24 +88,34 @@ def r_precision(
     def precision(matches: Tensor, count: Tensor) -> Tensor:
         return (matches & _within(matches, count)).sum(1) / count
 
-    return float(_mean(precision, (UP_TO_R,), embeddings, labels, gallery, gallery_labels))
+    return float(_mean(precision, (UP_TO_R,), embeddings, labels, gallery, gallery_labels, progress))
 
 
 def map_at_r(
-    embeddings: Tensor, labels: Tensor, *, gallery: Tensor | None = None, gallery_labels: Tensor | None = None
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    progress: bool = True,
 ) -> float:
     """Mean over queries of average precision within the R nearest; arguments and errors as in recall_at_k."""
     _check(embeddings, labels, gallery, gallery_labels)
 
-    return float(_mean(_average_precision_at_r, (UP_TO_R,), embeddings, labels, gallery, gallery_labels))
+    return float(_mean(_average_precision_at_r, (UP_TO_R,), embeddings, labels, gallery, gallery_labels, progress))
 
 
 def mean_average_precision(
-    embeddings: Tensor, labels: Tensor, *, gallery: Tensor | None = None, gallery_labels: Tensor | None = None
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    progress: bool = True,
 ) -> float:
     """Mean over queries of average precision over the whole ranking; arguments and errors as in recall_at_k."""
     _check(embeddings, labels, gallery, gallery_labels)
-    return float(_mean(_average_precision, (ALL,), embeddings, labels, gallery, gallery_labels))
+    return float(_mean(_average_precision, (ALL,), embeddings, labels, gallery, gallery_labels, progress))
 
 
 def recall_and_map_at_r(embeddings: Tensor, labels: Tensor, *, ks: Sequence[int]) -> tuple[dict[int, float], float]:
@@ -106,8 +127,25 @@ def recall_and_map_at_r(embeddings: Tensor, labels: Tensor, *, ks: Sequence[int]
         precision = _average_precision_at_r(matches, count)
         return torch.cat([_found(matches, ks).to(precision.dtype), precision[:, None]], 1)
 
-    *recalls, precision = _mean(both, (max(ks), UP_TO_R), embeddings, labels, None, None).tolist()
+    *recalls, precision = _mean(both, (max(ks), UP_TO_R), embeddings, labels, None, None, True).tolist()
     return dict(zip(ks, recalls, strict=True)), precision
+
+
+def queries_without_match(labels: Tensor, gallery_labels: Tensor | None = None) -> int:
+    """How many queries these metrics exclude: no row to search has their label.
+
+    Args:
+        labels: (N,) integers, of the queries.
+        gallery_labels: (M,) integers; None: the queries are searched, each left out of its own result.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is expected.
+    """
+    check_labels(labels, labels, "labels")
+    if gallery_labels is None:
+        return int((_matches(labels, labels) == 1).sum())
+    check_labels(gallery_labels, gallery_labels, "gallery_labels")
+    return int((_matches(labels, gallery_labels) == 0).sum())
 
 
 def _found(matches: Tensor, ks: Sequence[int]) -> Tensor:
@@ -136,9 +174,10 @@ def _mean(
     labels: Tensor,
     gallery: Tensor | None,
     gallery_labels: Tensor | None,
+    progress: bool,
 ) -> Tensor:
     """The metric's mean over the queries that have a match, in float64 on the CPU."""
-    rankings = _rankings(ranks, embeddings, labels, gallery, gallery_labels)
+    rankings = _rankings(ranks, embeddings, labels, gallery, gallery_labels, progress)
     values = [metric(matches, count) for matches, count in rankings if len(count)]
     if not values:
         raise ValueError("labels: expected at least one query with a match among the rows to search, got none")
@@ -151,56 +190,48 @@ def _rankings(
     labels: Tensor,
     gallery: Tensor | None,
     gallery_labels: Tensor | None,
+    progress: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For blocks of queries, those with a match: whether each rank is one (queries, ranks) bool, and R (queries,)."""
-    queries = _unit(embeddings)
-    rows = queries if gallery is None else _unit(gallery)
+    rows = embeddings if gallery is None else gallery
     row_labels = labels if gallery_labels is None else gallery_labels
-    shared = torch.promote_types(queries.dtype, rows.dtype)
-    queries, rows = queries.to(shared), rows.to(shared)
     count = _matches(labels, row_labels)
     size = len(rows)
-    if gallery is None:  # the query itself comes last, to be cut off
+    if gallery is None:  # the query itself does not count
         count -= 1
         size -= 1
-    most = {ALL: size, UP_TO_R: int(count.max()) if len(count) else 0}
-    depth = max(most[wanted] if isinstance(wanted, str) else wanted for wanted in ranks)
-    block = max(1, BUDGET // max(1, len(rows)))
-    for begin in range(0, len(queries), block):
-        with torch.autocast(rows.device.type, enabled=False):  # ranks want the precision the rows came in
-            scores = queries[begin : begin + block] @ rows.T
-        if gallery is None:
-            scores.diagonal(begin).fill_(-torch.inf)
-        matches = row_labels[_nearest(scores, depth)] == labels[begin : begin + block, None]
-        found = count[begin : begin + block]
-        yield matches[found > 0], found[found > 0]
+    # Those with the most matches first: a block looks at as many ranks as its first query needs.
+    order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
+    number = torch.arange(len(rows), device=rows.device)
+    impl = _serving(embeddings)
+    begin = 0
+    with search_bar(len(order), progress) as bar:
+        while begin < len(order):
+            most = {ALL: size, UP_TO_R: int(count[order[begin]])}
+            depth = max(most[wanted] if isinstance(wanted, str) else wanted for wanted in ranks)
+            block = order[begin : begin + min(max(1, BUDGET // depth), rows_at_once(rows))]
+            others = PairMask(distinct=(block, number)) if gallery is None else None
+            _, nearest = topk(embeddings[block], rows, k=depth, mask=others, impl=impl)
+            yield row_labels[nearest] == labels[block, None], count[block]
+            begin += len(block)
+            bar.update(len(block))
+
+
+def _serving(x: Tensor) -> str:
+    """The implementation that is asked for; "auto" where that is one for training, which has no topk."""
+    name = registry.chosen(None)
+    if name == registry.AUTO:
+        return name
+    call = registry.Call("topk", x.device.type, x.dtype)
+    return registry.AUTO if registry.IMPLEMENTATIONS[name].unsupported(call) else name
 
 
 def _matches(labels: Tensor, row_labels: Tensor) -> Tensor:
     """(queries,) the number of rows with the query's label."""
     values, inverse = torch.cat([labels.long(), row_labels.long()]).unique(return_inverse=True)
     query, row = inverse[: len(labels)], inverse[len(labels) :]
-    counts: Tensor = row.bincount(minlength=len(values))
-    return counts[query]
-
-
-def _nearest(scores: Tensor, depth: int) -> Tensor:
-    """(queries, depth) columns of the largest scores in descending order, the lower column first among equal ones."""
-    if depth == 0 or depth + 1 >= scores.shape[1]:
-        return scores.argsort(dim=1, descending=True, stable=True)[:, :depth]
-    # One more than wanted shows whether equal scores lie on both sides of the cut: then topk's choice is arbitrary.
-    best, column = scores.topk(depth + 1, dim=1)
-    split = best[:, depth - 1] == best[:, depth]
-    column = column[:, :depth].sort(dim=1).values
-    column = column.gather(1, scores.gather(1, column).argsort(dim=1, descending=True, stable=True))
-    if bool(split.any()):
-        column[split] = scores[split].argsort(dim=1, descending=True, stable=True)[:, :depth]
-    return column
-
-
-def _unit(x: Tensor) -> Tensor:
-    wide = x.detach().to(accumulation_dtype(x.dtype))
-    return wide / row_norms(wide)
+    matches: Tensor = row.bincount(minlength=len(values))[query]
+    return matches
 
 
 def _check_ks(ks: Sequence[int], size: int) -> None:
@@ -227,5 +258,5 @@ def _check(embeddings: Tensor, labels: Tensor, gallery: Tensor | None, gallery_l
 
 def _check_finite(x: Tensor, name: str) -> None:
     """NaN has no place in a ranking, and would be counted as a miss or a hit depending on the sort."""
-    if not bool(x.isfinite().all()):
+    if bool(poison(x).isnan()):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")

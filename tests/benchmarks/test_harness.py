@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks import __main__ as command_line
 from benchmarks import history, memory, provenance, registry, report, timing
 from benchmarks.check import Checker
-from benchmarks.ops import smooth_ap
+from benchmarks.ops import smooth_ap, topk
 from benchmarks.registry import Inputs, Op, Variant
 from benchmarks.run import Options, Run, run
 
@@ -86,6 +86,27 @@ def test_wrong_variant_gets_no_figure(forward: object) -> None:
     assert refusal.reason.startswith("wrong: loss off by")
     assert all(record.variant == "dense" for record in result.records())
     assert command_line._print_refusals(result) == 1
+
+
+def test_op_without_gradients_is_judged_by_what_it_returns() -> None:
+    """Indices: others that are worth as much pass, and neighbours in another order do not."""
+    right = topk.OP.variant("fastret-tiled")
+    other_ties = dataclasses.replace(right, name="other ties", forward=lambda inputs: right.forward(inputs) ^ 1)
+    wrong = dataclasses.replace(right, name="wrong", forward=lambda inputs: right.forward(inputs).flip(1))
+
+    def pairs(size: dict[str, int], seed: int) -> Inputs:
+        inputs = topk.setup(size, seed)
+        return {**inputs, "gallery": inputs["gallery"].repeat_interleave(2, 0)}
+
+    op = dataclasses.replace(topk.OP, variants=(right, other_ties, wrong), setup=pairs)
+    result = quick_run(op, (right.name, "other ties", "wrong"), (40,))
+    assert [measurement.variant for measurement in result.measurements] == [right.name, "other ties"]
+    (refusal,) = result.refusals
+    assert (refusal.variant, refusal.wrong) == ("wrong", True)
+    assert refusal.reason.startswith("wrong: off by")
+    lines = report.table(op, result.records()).splitlines()
+    assert lines[0] == "| topk, forward | M = 40 |"
+    assert lines[-1].endswith("peak memory beyond inputs and results.")
 
 
 def test_variant_that_does_not_fit_is_refused_without_being_run() -> None:

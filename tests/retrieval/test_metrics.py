@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastret.retrieval import map_at_r, mean_average_precision, metrics, r_precision, recall_at_k
+import fastret
+from fastret.retrieval import (
+    map_at_r,
+    mean_average_precision,
+    metrics,
+    queries_without_match,
+    r_precision,
+    recall_at_k,
+)
 
 Ks = tuple[int, ...]
 
@@ -148,6 +156,32 @@ X, LABELS = torch.randn(6, 3), torch.arange(6) // 2
 def test_bad_input_is_named(arguments: tuple[Tensor, Tensor], keywords: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         recall_at_k(*arguments, **{"ks": (1,), **keywords})
+
+
+@pytest.mark.parametrize("own_gallery", [True, False], ids=["leave-one-out", "gallery"])
+def test_queries_without_match_are_counted(own_gallery: bool) -> None:
+    labels, row_labels = torch.tensor([3, 3, -1, 9, 4, 4, 4], dtype=torch.int16), torch.tensor([3, 9, 9])
+    assert queries_without_match(labels, None if own_gallery else row_labels) == (2 if own_gallery else 4)
+    with pytest.raises(TypeError, match="labels: expected an integer dtype"):
+        queries_without_match(labels.float())
+    with pytest.raises(TypeError, match="gallery_labels: expected an integer dtype"):
+        queries_without_match(labels, labels.float())
+
+
+def test_an_implementation_for_training_does_not_stop_evaluation() -> None:
+    x, labels = torch.randn(40, 5), torch.arange(40) // 4
+    expected = map_at_r(x, labels)
+    for name in fastret.available_backends():
+        with fastret.backend(name):
+            assert map_at_r(x, labels) == pytest.approx(expected)
+
+
+def test_classes_of_very_unequal_size() -> None:
+    """A block looks at as many ranks as its queries need."""
+    x = torch.randn(130, 4, dtype=torch.float64)
+    labels = torch.cat([torch.zeros(100).long(), torch.arange(30) // 2 + 1])
+    expected = _loops(x, labels, None, None, (1, 7))
+    assert _all(x, labels, None, None, (1, 7)) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("metric", [r_precision, map_at_r, mean_average_precision])
