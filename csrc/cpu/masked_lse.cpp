@@ -84,6 +84,8 @@ template <class T> class MaskedLse {
       });
       deliver(dx_out, dx_, x_, static_cast<T*>(w_.x_norm), 0, n_, &LseLevelWork::x);
     }
+    for (int64_t k = 0; k < w_.head_count; ++k)
+      if (w_.heads[k].sum) finish(w_.heads[k], T(0));
   }
 
  private:
@@ -345,7 +347,7 @@ template <class T> class MaskedLse {
     for (int64_t k = level.head; k < level.head_end; ++k) {
       const LseHeadWork& h = w_.heads[k];
       const bool first = k == level.head;
-      weigh(h, at, scores, weights, space.a);
+      weigh(h, at, scores, weights, space);
       const T scale = T(h.head->scale);
       for (int64_t j = 0; j < at.cols; j += lanes<T>) {
         const Vec<T> v = load<T>(weights + j) * scale;
@@ -356,14 +358,22 @@ template <class T> class MaskedLse {
     std::copy(total, total + padded<T>(at.cols), scores);
   }
 
+  // In one pass for values and gradients: what forward adds of a row whose logits are space.logits.
+  void add_sums(const LseHeadWork& h, const Span& at, const T* scores, const ThreadSpace<T>& space) const {
+    add_targets(h, at, scores, space);
+    std::copy(space.logits, space.logits + padded<T>(at.cols), space.c);
+    add_phi(h, at, scores, space.c);
+  }
+
   // dL/dl of one head, where its logits were
-  void weigh(const LseHeadWork& h, const Span& at, const T* scores, T* weights, T* targets) const {
+  void weigh(const LseHeadWork& h, const Span& at, const T* scores, T* weights, const ThreadSpace<T>& space) const {
     const bool column = h.head->column;
     const int64_t place = column ? at.col : at.i;
     const T *lse = static_cast<const T*>(h.lse) + place, *grad = static_cast<const T*>(h.grad_lse) + place,
             *grad_t = static_cast<const T*>(h.grad_t) + place;
     logits_of(h, at, scores, weights);
     if (is_phi(h.head->reduce)) {
+      if (h.sum) add_sums(h, at, scores, space);
       phi_slopes(h.head->reduce, at.cols, weights);
       for (int64_t j = 0; j < at.cols; j += lanes<T>)
         store<T>(weights + j, load<T>(weights + j) * (column ? load<T>(grad + j) : splat(*grad)));
@@ -380,6 +390,7 @@ template <class T> class MaskedLse {
     visit_targets<T>(h.head->target, at,
                   [&](int64_t j, double weight) { weights[j] += T(weight) * grad_t[column ? j : 0]; });
     if (!is_dense(h.head->target)) return;
+    T* targets = space.a;
     dense_targets(h.head->target, at, scores, targets);
     for (int64_t j = 0; j < at.cols; j += lanes<T>) {
       const Vec<T> g = column ? load<T>(grad_t + j) : splat(*grad_t);

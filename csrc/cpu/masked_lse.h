@@ -96,7 +96,7 @@ void row_extrema(const MaskedLseProblem& without_heads, const std::vector<Extrem
 struct LseHeadWork {
   const LseHead* head = nullptr;
   const void *row_bias = nullptr, *col_bias = nullptr;
-  // forward: running maximum, sum of exp(l - peak), sum of Y l; sum of phi; greatest logit and its column, or -1
+  // forward, and a phi's one pass for values and gradients: running maximum, sum of exp(l - peak), sum of Y l; sum of phi; greatest logit and its column, or -1
   void *peak = nullptr, *sum = nullptr, *t = nullptr;
   int64_t* index = nullptr;
   // backward: lse and its gradient, (+inf, 0) where nothing was allowed; gradient of t

@@ -283,13 +283,34 @@ void two_passes(const MaskedLseProblem& p, const Array& weight, const LseResult&
   backward<T>(p, {{result.lse, weight, {minus.data(), 1, n, n, type_of<T>, bytes}}}, dx, dy, {gradient});
 }
 
+// A phi has its slope before its sum is known: the pass for the gradients gives the sums as well.
+template <class T>
+void one_pass(const MaskedLseProblem& p, const Array& weight, const LseResult& result, const Array& dx,
+              const Array& dy, const LseGradient& gradient) {
+  Setup<T> setup(p);
+  LseHeadWork& h = setup.heads[0];
+  setup.results(h, result);
+  h.lse = h.peak;  // of a head that sums a phi, not read
+  T* minus = setup.vector(p.x.rows, T(0), weight);
+  for (int64_t i = 0; i < p.x.rows; ++i) minus[i] = -minus[i];
+  h.grad_lse = setup.vector(p.x.rows, T(0), weight);
+  h.grad_t = minus;
+  setup.parameters(h, gradient);
+  setup.gradients(dx, dy);
+  setup.thread_spaces();
+  setup.kernels().backward(setup.work, dx, dy);
+  setup.deliver(h, gradient);
+  Setup<T>::copy_out(h.peak, result.lse);
+  Setup<T>::copy_out(h.t, result.t);
+}
+
 template <class T>
 void sweep(const MaskedLseProblem& p, const Array& weight, const LseResult& result, const Array& dx, const Array& dy,
            const LseGradient& gradient) {
   check(weight, "weight", 1, p.x.rows, type_of<T>);
   // Symmetric S needs half a product forward and one and a half backward.
-  if (p.symmetric || p.x.rows == 0 || is_phi(p.heads[0].reduce))
-    return two_passes<T>(p, weight, result, dx, dy, gradient);
+  if (is_phi(p.heads[0].reduce)) return one_pass<T>(p, weight, result, dx, dy, gradient);
+  if (p.symmetric || p.x.rows == 0) return two_passes<T>(p, weight, result, dx, dy, gradient);
   Setup<T> setup(p, true);
   LseHeadWork& h = setup.heads[0];
   setup.results(h, result);

@@ -10,6 +10,7 @@ The paper multiplies the sum over i with G = 3 (C - 1) (N / C - 1) N / C of N ro
 keeps the centroids fixed: the vertices of a simplex (C unit vectors, D >= C), or centres of a clustering.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -19,9 +20,11 @@ from fastret.backends import phi
 from fastret.backends.pairs import Head, Indexed, PairMask
 from fastret.backends.rows import accumulation_dtype
 from fastret.losses.proxies import check_proxies
-from fastret.losses.reduction import check_reduction, reduce_valid
+from fastret.losses.reduction import check_reduction, reduce_valid, row_weights
 from fastret.ops import checks
 from fastret.ops.masked_lse import masked_lse
+from fastret.ops.masked_lse_sum import masked_lse_sum
+from fastret.ops.pair_dot import pair_dot
 
 
 def centroid_triplet(
@@ -61,9 +64,19 @@ def centroid_triplet(
         row_bias, column_bias = (-rows.to(wide).square().sum(1) for rows in (x, centroids))
     others = PairMask(different=(labels, torch.arange(classes, device=labels.device)))
     head = Head(2.0, others, Indexed(labels), row_bias=row_bias, column_bias=column_bias, reduce="distance")
-    ((far, own),) = masked_lse(x, centroids, heads=[head], normalize=normalize, impl=impl)
-    losses = phi.value("distance", own) - far / (3 * (classes - 1))
-    return reduce_valid(losses, None, reduction)
+    share = 1 / (3 * (classes - 1))
+    if reduction == "none" or centroids.requires_grad:
+        ((far, own),) = masked_lse(x, centroids, heads=[head], normalize=normalize, impl=impl)
+        return reduce_valid(phi.value("distance", own) - share * far, None, reduction)
+    # fixed centroids: a sum of distances has its gradient in forward, that of the few own ones comes from their list
+    weight = row_weights(x, None, reduction)
+    far = masked_lse_sum(
+        x, centroids, head=replace(head, target=None), row_weight=share * weight, normalize=normalize, impl=impl
+    )
+    row = torch.arange(x.shape[0], device=x.device)
+    own = 2 * pair_dot(x, centroids, row, labels, normalize=normalize, impl=impl) + row_bias
+    own = own if column_bias is None else own + column_bias[labels]
+    return (weight * phi.value("distance", own)).sum() - far
 
 
 class CentroidTriplet(nn.Module):
@@ -71,7 +84,7 @@ class CentroidTriplet(nn.Module):
 
     L = mean over i of || x_i - c_{y_i} || - 1 / (3 (C - 1)) sum over j != y_i of || x_i - c_j ||
 
-    Cost: one matmul of B C D forward, two backward. Memory: O(B + C) and the gradient of X.
+    Cost: two matmuls of B C D, both in forward (reduction="none": three). Memory: O(B + C) and the gradient of X.
 
     Args:
         centroids: (C, D), C >= 2, kept as a buffer; ``torch.eye(C, D)`` are the vertices of a simplex.

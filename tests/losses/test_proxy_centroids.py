@@ -49,6 +49,10 @@ def test_formula(impl: str, unit: bool) -> None:
     expected = dense(x, c, LABELS, unit)
     for reduction, value in (("none", expected), ("sum", expected.sum()), ("mean", expected.mean())):
         loss = F.centroid_triplet(x, c, LABELS, normalize=unit, reduction=reduction, impl=impl)
+        fixed = F.centroid_triplet(x, c.detach(), LABELS, normalize=unit, reduction=reduction, impl=impl)
+        torch.testing.assert_close(fixed, value, rtol=1e-11, atol=1e-11)
+        of_rows = [torch.autograd.grad(7 * v.sum(), x, retain_graph=True) for v in (fixed, value)]
+        torch.testing.assert_close(*of_rows, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(loss, value, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(gradients(loss, (x, c)), gradients(value, (x, c)), rtol=1e-9, atol=1e-10)
     module = fastret.CentroidTriplet(c, normalize=unit, impl=impl)

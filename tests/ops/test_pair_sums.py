@@ -154,13 +154,22 @@ def test_low_precision_is_no_worse_than_dense_torch(impl: str, phi: str, dtype: 
 
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("phi", functions.NAMES)
-def test_one_sweep_form(impl: str, phi: str) -> None:
-    x, y, stat = torch.randn(20, 6, dtype=F64), torch.randn(31, 6, dtype=F64), uniform(20) + 3
-    x.requires_grad_()
-    head, weight = Head(2.0, MASKS["same"](20, 31), Shifted(2), row_bias=-stat, reduce=phi), uniform(20, 9)
+@pytest.mark.parametrize("m", [31, 3000, None], ids=["batch", "windows", "itself"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_one_sweep_form(impl: str, phi: str, m: int | None, smoothing: float) -> None:
+    x, y, stat = torch.randn(20, 400, dtype=F64), None, uniform(20) + 3
+    stat.requires_grad_()
+    sides = [x.requires_grad_()]
+    if m is not None:
+        y = torch.randn(m, 400, dtype=F64, requires_grad=True)
+        sides.append(y)
+    weight = uniform(20, 9)
+    head = Head(2.0, MASKS["same"](20, m or 20), Shifted(2), smoothing, row_bias=-stat, reduce=phi)
     results = [masked_lse_sum(x, y, head=head, row_weight=weight, impl=i) for i in ("reference", impl)]
     torch.testing.assert_close(*results)
-    torch.testing.assert_close(*(torch.autograd.grad(r, x) for r in results))
+    with torch.no_grad():
+        torch.testing.assert_close(masked_lse_sum(x, y, head=head, row_weight=weight, impl=impl), results[0])
+    torch.testing.assert_close(*(torch.autograd.grad(r, [*sides, stat]) for r in results))
 
 
 @pytest.mark.parametrize("impl", ["reference", *FUSED])
