@@ -1,9 +1,11 @@
 // A head over rows and one over columns of the same logits, as CLIP has them: one exponential a pair serves both.
 //
-// With one reference c for a tile, e^(l_ij - c) is P_ij of row and column up to factors e^(c - lse_i), e^(c - lse_j).
-// That loses nothing where no row and no column of the tile lies far below c; elsewhere each head goes by itself.
+// With one reference c for a tile, e^(l_ij - c) is P_ij of row and column up to factors e^(c - lse_i), e^(c - lse_j),
+// where no row and no column of the tile lies far below c; elsewhere each head goes by itself. P is then right to a few
+// units in its last place, but for targets, where P - Y may be much smaller than P and is computed for itself.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
 #include "masked_lse.h"
 #include "pair_rows.h"
@@ -44,8 +46,8 @@ template <class T> Vec<T> padding(int64_t cols) {
 template <class T, class Visit>
 inline __attribute__((always_inline)) void for_logits(const T* scores, int64_t cols, T scale, Visit visit) {
   const int64_t whole = cols / lanes<T> * lanes<T>;
-  for (int64_t j = 0; j < whole; j += lanes<T>) visit(j, load<T>(scores + j) * scale);
-  if (whole < cols) visit(whole, load<T>(scores + whole) * scale + padding<T>(cols));
+  for (int64_t j = 0; j < whole; j += lanes<T>) visit(j, rounded(load<T>(scores + j) * scale));
+  if (whole < cols) visit(whole, rounded(load<T>(scores + whole) * scale) + padding<T>(cols));
 }
 
 template <class T> bool is_near(const T* values, int64_t n, T c) {
@@ -54,12 +56,14 @@ template <class T> bool is_near(const T* values, int64_t n, T c) {
   return near;
 }
 
-// Sums of e^(l - c), with the largest logit of each, join those of the tiles before.
+// Sums of e^(l - c), with the largest logit of each, join those of the tiles before. Over e^(top - c), which rounds as
+// that summand does, a logit that is far above the others counts exactly 1.
 template <class T> void join(const LseHeadWork& h, int64_t first, int64_t n, const T* top, const T* sums, T c) {
   T *peak = static_cast<T*>(h.peak) + first, *total = static_cast<T*>(h.sum) + first;
   for (int64_t i = 0; i < n; i += lanes<T>) {
     const Vec<T> old = load<T>(peak + i), high = load<T>(top + i), now = high > old ? high : old;
-    store<T>(total + i, load<T>(total + i) * exp_or_zero<T>(old - now) + load<T>(sums + i) * exp_or_zero<T>(c - now));
+    const Vec<T> part = load<T>(sums + i) / exp_or_zero<T>(high - c);
+    store<T>(total + i, load<T>(total + i) * exp_or_zero<T>(old - now) + part * exp_or_zero<T>(high - now));
     store<T>(peak + i, now);
   }
 }
@@ -119,18 +123,20 @@ template <class T> void factors(const LseHeadWork& h, int64_t first, int64_t n, 
   std::fill(out + n, out + padded<T>(n), T(0));
 }
 
-// Scores become dL / d score of both heads, or stay as they are where it returns false. row_factor, column_factor: room
-// for the tile's rows and columns.
+// Scores become dL / d score of both heads, or stay as they are where it returns false. row_factor: room for the tile's
+// rows; column_factor, exact: for its columns.
 template <class T>
 bool weigh_both(const LseHeadWork& rows, const LseHeadWork& columns, const ScoreTile<T>& t, int64_t first_column,
-                T* row_factor, T* column_factor) {
+                T* row_factor, T* column_factor, T* exact) {
   const T *row_lse = static_cast<const T*>(rows.lse) + t.row, *column_lse = static_cast<const T*>(columns.lse) + t.col;
   const T scale = T(rows.head->scale), c = *row_lse;
   if (!is_near(row_lse, t.rows, c) || !is_near(column_lse, t.cols, c)) return false;
   factors(rows, t.row, t.rows, c, row_factor);
   factors(columns, t.col, t.cols, c, column_factor);
   T *row_scale = static_cast<T*>(rows.scale_rows), *column_scale = static_cast<T*>(columns.scale_rows);
-  const T *row_grad_t = static_cast<const T*>(rows.grad_t), *column_grad_t = static_cast<const T*>(columns.grad_t);
+  const T *row_grad = static_cast<const T*>(rows.grad_lse) + t.row, *row_grad_t = static_cast<const T*>(rows.grad_t);
+  const T *column_grad = static_cast<const T*>(columns.grad_lse) + t.col,
+          *column_grad_t = static_cast<const T*>(columns.grad_t);
   for (int64_t r = 0; r < t.rows; ++r) {
     const Span at = t.span(r, first_column);
     T* s = t.at(r);
@@ -149,9 +155,18 @@ bool weigh_both(const LseHeadWork& rows, const LseHeadWork& columns, const Score
       if (row_scale) row_scale[at.i] += own;
       if (column_scale) column_scale[at.i] += other;
     }
+    const auto keep_exact = [&](int64_t j, double) {
+      const T l = rounded(T(s[j] * scale));
+      exact[j] = scale * (row_grad[r] * std::exp(l - row_lse[r]) + column_grad[j] * std::exp(l - column_lse[j]));
+    };
+    visit_targets<T>(rows.head->target, at, keep_exact);
+    visit_targets<T>(columns.head->target, at, keep_exact);
     for_logits<T>(s, t.cols, scale, [&](int64_t j, Vec<T> l) {
       store<T>(s + j, exp_or_zero<T>(l - c) * (load<T>(column_factor + j) + row_factor[r]) * scale);
     });
+    const auto take_exact = [&](int64_t j, double) { s[j] = exact[j]; };
+    visit_targets<T>(rows.head->target, at, take_exact);
+    visit_targets<T>(columns.head->target, at, take_exact);
     visit_targets<T>(rows.head->target, at, [&](int64_t j, double w) { s[j] += of_rows(j, w) * scale; });
     visit_targets<T>(columns.head->target, at, [&](int64_t j, double w) { s[j] += of_columns(j, w) * scale; });
   }

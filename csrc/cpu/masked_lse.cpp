@@ -335,7 +335,7 @@ template <class T> class MaskedLse {
   void weigh_side(const Side& side, const ThreadSpace<T>& space) const {
     const LseHeadWork* heads = w_.heads + side.level.head;
     if (has_both_axes(side.level) &&
-        weigh_both<T>(heads[0], heads[1], side, p_.first_column, space.a, space.b))
+        weigh_both<T>(heads[0], heads[1], side, p_.first_column, space.a, space.b, space.c))
       return;
     for (int64_t r = 0; r < side.rows; ++r)
       weigh_row(side.level, side.span(r, p_.first_column), side.at(r), space);

@@ -30,6 +30,17 @@ template <class T> inline Vec<T> load(const T* p) {
 template <class T> inline void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 template <class T> inline Vec<T> splat(T s) { return Vec<T>{} + s; }
 
+// v as it is, rounded: not to be contracted with what follows.
+template <class V> inline V rounded(V v) {
+#if defined(__x86_64__) && defined(__FMA__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  static_assert(sizeof(V) <= 16, "one register");
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 // The first n < lanes<T> elements; the other lanes hold `fill`.
 template <class T> inline Vec<T> load_tail(const T* p, int64_t n, T fill) {
   Vec<T> v = splat(fill);

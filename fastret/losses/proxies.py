@@ -163,6 +163,8 @@ class ProxyLoss(nn.Module):
             bar = tqdm(loader, desc="class means", unit="batch", mininterval=0.1 if sys.stderr.isatty() else 10)
             for inputs, labels in bar:
                 self._accumulate(sums, counts, model(inputs.to(device)), labels)
+            if not counts.any():
+                raise ValueError("loader: expected at least one row, got none")
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -10,13 +10,12 @@ log(1 + e^a) of a log-sum-exp over each column of the B x C scores, of its posit
 over one product.
 """
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fastret.backends.pairs import Head, PairMask
+from fastret.backends.pairs import Head, Indexed, PairMask
 from fastret.losses.proxies import ProxyLoss, check_proxies
 from fastret.losses.reduction import check_reduction
 from fastret.ops import checks
@@ -50,11 +49,12 @@ def proxy_anchor(
     """
     labels = check_proxies(x, proxies, labels)
     check_reduction(reduction)
-    _check_margin(margin)
+    checks.check_number(margin, "margin")
     checks.check_positive(alpha, "alpha")
     classes = torch.arange(proxies.shape[0], device=labels.device)
+    # the target of labels is for the operator, which checks them where this function is traced and cannot
     heads = [
-        Head(-alpha, PairMask(same=(labels, classes)), axis="column"),
+        Head(-alpha, PairMask(same=(labels, classes)), Indexed(labels), axis="column"),
         Head(alpha, PairMask(different=(labels, classes)), axis="column"),
     ]
     (positives, _), (negatives, _) = masked_lse(x, proxies, heads=heads, impl=impl)
@@ -64,13 +64,6 @@ def proxy_anchor(
     if reduction == "sum":
         return attract.sum() + repel.sum()
     return attract.sum() / (positives > -torch.inf).sum().clamp_min(1) + repel.mean()
-
-
-def _check_margin(margin: float) -> None:
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin: expected a number, got {type(margin).__name__}")
-    if not math.isfinite(margin):
-        raise ValueError(f"margin: expected a finite number, got {margin}")
 
 
 class ProxyAnchor(ProxyLoss):
@@ -109,7 +102,7 @@ class ProxyAnchor(ProxyLoss):
         impl: str | None = None,
     ) -> None:
         super().__init__(nb_classes, sz_embed, reduction=reduction, impl=impl)
-        _check_margin(margin)
+        checks.check_number(margin, "margin")
         checks.check_positive(alpha, "alpha")
         self.margin = margin
         self.alpha = alpha

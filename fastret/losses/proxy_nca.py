@@ -113,7 +113,8 @@ class ProxyNCA(ProxyLoss):
     Proxies want a learning rate of their own, and ``init_from`` or ``init_from_loader`` before the first step.
 
     Args:
-        nb_classes: C >= 2. sz_embed: D, the width of the embeddings; or sz_embedding, as later code calls it.
+        nb_classes: C >= 2. sz_embed: D, the width of the embeddings; or sz_embedding, as later code calls it, whose own
+            defaults are smoothing_const=0.1, scaling_x=1, scaling_p=3.
         smoothing_const: s of the targets; with include_positive=False it has to be 0.
         scaling_x, scaling_p, include_positive, sign, reduction, impl: as in ``fastret.functional.proxy_nca``, and so
             are the errors raised.
@@ -133,10 +134,10 @@ class ProxyNCA(ProxyLoss):
         nb_classes: int,
         sz_embed: int | None = None,
         smoothing_const: float = 0.0,
-        *,
-        sz_embedding: int | None = None,
         scaling_x: float = 3.0,
         scaling_p: float = 3.0,
+        *,
+        sz_embedding: int | None = None,
         include_positive: bool = True,
         sign: int = -1,
         reduction: str = "mean",

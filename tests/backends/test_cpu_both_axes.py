@@ -76,6 +76,31 @@ def test_sharing_changes_little_and_is_shared() -> None:
     assert any((a != b).any() for a, b in zip(shared, apart, strict=True))
 
 
+@pytest.mark.parametrize("isa", _C.supported_isas())
+@pytest.mark.parametrize("noise", [0.02, 0.04, 0.06])
+def test_confident_pairs_keep_their_digits(isa: str, noise: float) -> None:
+    """Losses far below the resolution of logits: neither negative nor noise, nor is what their gradients leave of 1."""
+    _C.set_isa(isa)
+    x = torch.nn.functional.normalize(torch.randn(256, 64, dtype=F64))
+    y = torch.nn.functional.normalize(x + noise * torch.randn_like(x))
+    same = torch.zeros(256, dtype=torch.int64)
+    plain = [Head(100.0, target=Shifted()), Head(100.0, target=Shifted(), axis="column")]
+    apart = [replace(head, mask=PairMask(same=(same, same))) for head in plain]
+
+    def run(dtype: torch.dtype, heads: list[Head], impl: str) -> tuple[Tensor, Tensor]:
+        rows, columns = x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+        pairs = masked_lse(rows, columns, heads=heads, normalize=False, impl=impl)
+        losses = torch.stack([lse - t for lse, t in pairs])
+        gradients = torch.autograd.grad(losses.sum(), (rows, columns))
+        return losses.detach().double(), torch.stack(gradients).double()
+
+    exact = run(F64, plain, "reference")
+    shared, separate = run(torch.float32, plain, "cpu"), run(torch.float32, apart, "cpu")
+    assert (shared[0] >= 0).all()
+    for ours, theirs, truth in zip(shared, separate, exact, strict=True):
+        assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 1e-7 * truth.norm()
+
+
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_large_logits(offset: float) -> None:
     x = torch.randn(40, 3)

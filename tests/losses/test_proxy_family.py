@@ -337,3 +337,13 @@ def test_bad_rows_and_labels(name: str) -> None:
 def test_bad_margins(module: type[torch.nn.Module], margin: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         module(C, D, margin=margin)
+
+
+@pytest.mark.parametrize("loss", [F.proxy_anchor, F.normalized_softmax, F.cos_face, F.proxy_nca])
+@pytest.mark.parametrize("label", [-1, 7])
+def test_labels_are_checked_where_the_loss_is_compiled(loss: Callable[..., Tensor], label: int) -> None:
+    torch._dynamo.reset()
+    x, proxies, labels = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([0, 6, label, 2])
+    run = torch.compile(lambda a, b, c: loss(a, b, c, impl="tiled"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=f"index: expected numbers from 0 to 6, got {label}"):
+        run(x, proxies, labels)

@@ -323,3 +323,13 @@ def test_bad_input_names_the_argument(name: str) -> None:
     call, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_reference_constructor_by_position() -> None:
+    module = fastret.ProxyNCA(C, D, 0.1, 1, 3)
+    assert (module.smoothing_const, module.scaling_x, module.scaling_p) == (0.1, 1, 3)
+
+
+def test_a_loader_without_rows_starts_nothing() -> None:
+    with pytest.raises(ValueError, match="loader: expected at least one row, got none"):
+        fastret.ProxyNCA(C, D).init_from_loader(torch.nn.Identity(), [])
