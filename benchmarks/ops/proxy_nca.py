@@ -21,7 +21,6 @@ from fastret.functional import proxy_nca
 
 SCALING = 3.0
 LOGIT_SCALE = 2 * SCALING**2
-LOSS_TOLERANCE = 5e-5  # PyTorch's own float32 over a million logits is 1.3e-5 off
 LISTING_LIMIT = 20_000
 PML_LIMIT = 100_000
 
@@ -103,7 +102,7 @@ def op(name: str, module: str, *, sizes: tuple[int, ...], d: int) -> Op:
         ),
         oracle=rewrite,
         probe=proxies.probe,
-        loss_tolerance=LOSS_TOLERANCE,
+        loss_tolerance=1e-5,
         gradient_tolerance=1e-5,
         floor=floor,
         floor_name="four (B, D) x (D, C) torch.mm",
