@@ -5,6 +5,7 @@ from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
 from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.pair_sums import pair_sums
+from fastret.ops.pq_topk import pq_topk
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 from fastret.ops.row_extrema import row_extrema
 from fastret.ops.topk import topk
@@ -24,6 +25,7 @@ __all__ = [
     "pair_dot",
     "pair_sums",
     "positive_pairs",
+    "pq_topk",
     "rank_sums",
     "row_extrema",
     "sum_by_query",
