@@ -7,6 +7,7 @@ from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.pair_sums import pair_sums
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 from fastret.ops.row_extrema import row_extrema
+from fastret.ops.sampled_dot import sampled_dot
 from fastret.ops.soft_assign import SoftAssign, soft_assign
 from fastret.ops.topk import topk
 
@@ -28,6 +29,7 @@ __all__ = [
     "positive_pairs",
     "rank_sums",
     "row_extrema",
+    "sampled_dot",
     "soft_assign",
     "sum_by_query",
     "topk",
