@@ -9,6 +9,7 @@ from fastret._version import __version__
 from fastret.backends.registry import available_backends, backend
 from fastret.env import env_report
 from fastret.losses import (
+    NPID,
     ArcFace,
     CentroidTriplet,
     CLIPLoss,
@@ -17,7 +18,9 @@ from fastret.losses import (
     InfoNCE,
     InstanceSoftmax,
     InvariantSpreading,
+    MemoryBank,
     MultiSimilarity,
+    NCELoss,
     NormalizedSoftmax,
     NTXent,
     PatchMixTargets,
@@ -32,6 +35,7 @@ from fastret.losses import (
 )
 
 __all__ = [
+    "NPID",
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
@@ -40,7 +44,9 @@ __all__ = [
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
+    "MemoryBank",
     "MultiSimilarity",
+    "NCELoss",
     "NTXent",
     "NormalizedSoftmax",
     "PatchMixTargets",

@@ -7,6 +7,7 @@ from fastret.losses.instance_softmax import instance_softmax
 from fastret.losses.invariant_spreading import invariant_spreading
 from fastret.losses.margin_softmax import arc_face, cos_face
 from fastret.losses.multi_similarity import multi_similarity
+from fastret.losses.nce import nce
 from fastret.losses.nt_xent import nt_xent
 from fastret.losses.proxy_anchor import proxy_anchor
 from fastret.losses.proxy_nca import proxy_nca
@@ -26,6 +27,7 @@ __all__ = [
     "instance_softmax",
     "invariant_spreading",
     "multi_similarity",
+    "nce",
     "normalized_softmax",
     "nt_xent",
     "proxy_anchor",

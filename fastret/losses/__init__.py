@@ -6,7 +6,10 @@ from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
 from fastret.losses.invariant_spreading import InvariantSpreading
 from fastret.losses.margin_softmax import ArcFace, CosFace
+from fastret.losses.memory_bank import MemoryBank
 from fastret.losses.multi_similarity import MultiSimilarity
+from fastret.losses.nce import NCELoss
+from fastret.losses.npid import NPID
 from fastret.losses.nt_xent import NTXent
 from fastret.losses.proxy_anchor import ProxyAnchor
 from fastret.losses.proxy_nca import ProxyNCA
@@ -17,6 +20,7 @@ from fastret.losses.sub_centers import SoftTriple, SubCenterArcFace
 from fastret.losses.sup_con import SupCon
 
 __all__ = [
+    "NPID",
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
@@ -25,7 +29,9 @@ __all__ = [
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
+    "MemoryBank",
     "MultiSimilarity",
+    "NCELoss",
     "NTXent",
     "NormalizedSoftmax",
     "PatchMixTargets",

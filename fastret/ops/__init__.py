@@ -10,6 +10,7 @@ from fastret.ops.row_extrema import row_extrema
 from fastret.ops.sampled_dot import sampled_dot
 from fastret.ops.soft_assign import SoftAssign, soft_assign
 from fastret.ops.topk import topk
+from fastret.ops.update_rows import update_rows_
 
 __all__ = [
     "Circulant",
@@ -33,4 +34,5 @@ __all__ = [
     "soft_assign",
     "sum_by_query",
     "topk",
+    "update_rows_",
 ]
