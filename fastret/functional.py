@@ -16,6 +16,7 @@ from fastret.losses.smooth_ap import smooth_ap
 from fastret.losses.soft_target import soft_target_info_nce
 from fastret.losses.sub_centers import soft_triple, sub_center_arc_face
 from fastret.losses.sup_con import sup_con
+from fastret.ops.patchmix import patchmix
 
 __all__ = [
     "arc_face",
@@ -30,6 +31,7 @@ __all__ = [
     "nce",
     "normalized_softmax",
     "nt_xent",
+    "patchmix",
     "proxy_anchor",
     "proxy_nca",
     "proxy_nca_plus_plus",

@@ -11,6 +11,7 @@ from fastret.losses.multi_similarity import MultiSimilarity
 from fastret.losses.nce import NCELoss
 from fastret.losses.npid import NPID
 from fastret.losses.nt_xent import NTXent
+from fastret.losses.patchmix import PatchMixLoss
 from fastret.losses.proxy_anchor import ProxyAnchor
 from fastret.losses.proxy_nca import ProxyNCA
 from fastret.losses.proxy_softmax import NormalizedSoftmax, ProxyNCAPlusPlus
@@ -34,6 +35,7 @@ __all__ = [
     "NCELoss",
     "NTXent",
     "NormalizedSoftmax",
+    "PatchMixLoss",
     "PatchMixTargets",
     "ProxyAnchor",
     "ProxyNCA",

@@ -5,6 +5,7 @@ from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
 from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.pair_sums import pair_sums
+from fastret.ops.patchmix import patch_groups, patchmix
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 from fastret.ops.row_extrema import row_extrema
 from fastret.ops.sampled_dot import sampled_dot
@@ -27,6 +28,8 @@ __all__ = [
     "masked_lse_sum",
     "pair_dot",
     "pair_sums",
+    "patch_groups",
+    "patchmix",
     "positive_pairs",
     "rank_sums",
     "row_extrema",
