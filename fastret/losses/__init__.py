@@ -5,6 +5,7 @@ from fastret.losses.cqc import CQCLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
 from fastret.losses.invariant_spreading import InvariantSpreading
+from fastret.losses.lemniscate import LinearAverage, NCEAverage, NCECriterion
 from fastret.losses.margin_softmax import ArcFace, CosFace
 from fastret.losses.memory_bank import MemoryBank
 from fastret.losses.multi_similarity import MultiSimilarity
@@ -30,8 +31,11 @@ __all__ = [
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
+    "LinearAverage",
     "MemoryBank",
     "MultiSimilarity",
+    "NCEAverage",
+    "NCECriterion",
     "NCELoss",
     "NTXent",
     "NormalizedSoftmax",

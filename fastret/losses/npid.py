@@ -12,6 +12,7 @@ Articles about it differ: one Z a place in the batch (``Z_rows``), no eps, the w
 (``convention="new"``), and the update after the optimiser's step (``update="manual"``).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -126,7 +127,7 @@ class NPID(nn.Module):
         if self.update == "backward" and self.training and torch.is_grad_enabled() and x.requires_grad:
             if torch.compiler.is_compiling():
                 raise NotImplementedError("NPID: update='backward' is eager only; update='manual' compiles")
-            x = _UpdateInBackward.apply(x, index, self.bank)
+            x = update_in_backward(x, index, self.bank.update_)
         rows = x.to(self.bank.memory.dtype) if torch.float64 in (x.dtype, self.bank.memory.dtype) else x
         logits = sampled_dot(
             rows, self.bank.memory, first=index, count=self.num_noise, seed=self.draws.clone(), impl=self.impl
@@ -155,17 +156,21 @@ class NPID(nn.Module):
         )
 
 
-class _UpdateInBackward(torch.autograd.Function):
-    """x; what comes back through it updates the bank, once all that needs the bank as it was has run."""
+def update_in_backward(x: Tensor, index: Tensor, update: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """x; its gradient calls ``update(index, x)`` on the way, once all that needs the bank as it was has run."""
+    rows: Tensor = _UpdateInBackward.apply(x, index, update)
+    return rows
 
+
+class _UpdateInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, bank: MemoryBank) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, update: Callable[[Tensor, Tensor], object]) -> Tensor:
         ctx.save_for_backward(x, index)
-        ctx.bank = bank
+        ctx.update = update
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, index = ctx.saved_tensors
-        ctx.bank.update_(index, x)
+        ctx.update(index, x)
         return grad, None, None

@@ -203,6 +203,39 @@ def test_two_losses_before_one_backward_are_an_error_not_a_wrong_gradient() -> N
         total.backward()
 
 
+def test_modules_of_the_released_code() -> None:
+    average, criterion = fastret.NCEAverage(D, C, K, 0.1, 0.4), fastret.NCECriterion(C)
+    official = Official(average.memory, 0.1, 0.4)
+    for step in range(3):
+        x, index = batch(step, torch.float32)
+        noise = Draws(K, average.draws.clone()).columns(B, C)
+        expected, gradient = official.step(x, index, noise)
+        P = average(x, index)
+        assert P.shape == (B, K + 1)
+        loss = criterion(P, index)
+        assert loss.shape == (1,)
+        loss.backward()
+        torch.testing.assert_close(loss[0].detach().double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x.grad.double(), gradient, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(average.memory.double(), official.memory, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(float(average.params[2]), official.Z, rtol=1e-5, atol=0)
+    assert sorted(average.state_dict()) == ["memory", "params"]
+    assert average.params[[0, 1, 3]].tolist() == pytest.approx([K, 0.1, 0.4])
+
+
+def test_linear_average() -> None:
+    average = fastret.LinearAverage(D, C, 0.2, 0.5)
+    memory = average.memory.clone()
+    x, index = batch(0, torch.float32)
+    logits = average(x, index)
+    torch.testing.assert_close(logits, x @ memory.T / 0.2)
+    torch.nn.functional.cross_entropy(logits, index).backward()
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ memory.T / 0.2, index), x)
+    torch.testing.assert_close(x.grad, expected)
+    rows = torch.nn.functional.normalize(0.5 * memory[index] + 0.5 * x.detach())
+    torch.testing.assert_close(average.memory[index], rows)
+
+
 def test_what_is_kept_for_backward_is_no_gather() -> None:
     npid = fastret.NPID(50_000, 16, num_noise=4096)
     x = torch.nn.functional.normalize(torch.randn(32, 16)).requires_grad_()
@@ -242,6 +275,8 @@ def test_initial_rows() -> None:
     ("call", "error", "message"),
     [
         (lambda: fastret.NPID(C, D, num_noise=0), ValueError, "num_noise: expected at least 1, got 0"),
+        (lambda: fastret.NCEAverage(D, C, 0), ValueError, "K: expected at least 1, got 0"),
+        (lambda: fastret.LinearAverage(D, C, -1.0), ValueError, "T: expected a positive"),
         (lambda: fastret.NPID(0, D), ValueError, "size: expected at least 1"),
         (lambda: fastret.NPID(C, D, temperature=0), ValueError, "temperature: expected a positive"),
         (lambda: fastret.NPID(C, D, eps=-1), ValueError, "eps: expected a number of at least 0"),
