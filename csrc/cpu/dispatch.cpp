@@ -5,6 +5,7 @@
 #include "blas.h"
 #include "masked_lse.h"
 #include "pair_dot.h"
+#include "pq_topk.h"
 #include "rank_sums.h"
 #include "settings.h"
 #include "topk.h"
@@ -99,5 +100,6 @@ MaskedLseKernels masked_lse_kernels(bool doubles) { FASTRET_OF_ISA(masked_lse_ke
 MaskedLseSweep masked_lse_sweep_kernel(bool doubles) { FASTRET_OF_ISA(masked_lse_sweep_kernel(doubles)); }
 PairDotKernels pair_dot_kernels(bool doubles) { FASTRET_OF_ISA(pair_dot_kernels(doubles)); }
 TopkKernels topk_kernels(bool doubles) { FASTRET_OF_ISA(topk_kernels(doubles)); }
+PqTopkKernels pq_topk_kernels(bool doubles) { FASTRET_OF_ISA(pq_topk_kernels(doubles)); }
 
 }  // namespace fastret

@@ -20,7 +20,7 @@ void check_index(const Array& index, const char* name, int64_t pairs, int64_t si
 }
 
 void check_problem(const PairDotProblem& p) {
-  require(p.x.dtype != DType::i64, "x", "not a floating point type");
+  require(is_float(p.x.dtype), "x", "not a floating point type");
   check(p.x, "x", p.x.rows, p.x.cols);
   check(p.y, "y", p.y.rows, p.x.cols, p.x.dtype);
   require(!p.symmetric || (p.y.rows == p.x.rows && p.y.data == p.x.data), "y", "not x itself");

@@ -6,6 +6,7 @@ from fastret.ops.masked_lse_sum import masked_lse_sum
 from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.pair_sums import pair_sums
 from fastret.ops.patchmix import patch_groups, patchmix
+from fastret.ops.pq_topk import pq_topk
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 from fastret.ops.row_extrema import row_extrema
 from fastret.ops.sampled_dot import sampled_dot
@@ -31,6 +32,7 @@ __all__ = [
     "patch_groups",
     "patchmix",
     "positive_pairs",
+    "pq_topk",
     "rank_sums",
     "row_extrema",
     "sampled_dot",
