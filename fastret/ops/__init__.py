@@ -7,6 +7,7 @@ from fastret.ops.pair_dot import pair_dot, positive_pairs
 from fastret.ops.pair_sums import pair_sums
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 from fastret.ops.row_extrema import row_extrema
+from fastret.ops.segment_mean import segment_mean
 from fastret.ops.topk import topk
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "positive_pairs",
     "rank_sums",
     "row_extrema",
+    "segment_mean",
     "sum_by_query",
     "topk",
 ]
