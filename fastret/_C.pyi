@@ -128,6 +128,24 @@ def pair_dot_backward(
     dy: ArrayTuple | None,
     /,
 ) -> None: ...
+def segment_mean_forward(
+    x: ArrayTuple,
+    index: ArrayTuple,
+    mean: bool,
+    threads: int,
+    result: ArrayTuple,
+    counts: ArrayTuple,
+    /,
+) -> None: ...
+def segment_mean_backward(
+    grad: ArrayTuple,
+    index: ArrayTuple,
+    counts: ArrayTuple,
+    mean: bool,
+    threads: int,
+    dx: ArrayTuple,
+    /,
+) -> None: ...
 def topk(
     x: ArrayTuple,
     y: ArrayTuple,

@@ -11,6 +11,7 @@
 #include "pair_dot.h"
 #include "pq_topk.h"
 #include "rank_sums.h"
+#include "segment_mean.h"
 #include "settings.h"
 #include "topk.h"
 
@@ -173,6 +174,18 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           pair_dot_backward(p, array(grad), array(dx), array(dy));
         });
+  m.def("segment_mean_forward", [](const ArrayTuple& x, const ArrayTuple& index, bool mean, int threads,
+                                   const ArrayTuple& result, const ArrayTuple& counts) {
+    const SegmentMeanProblem p{array(index), mean, threads};
+    const py::gil_scoped_release release;
+    segment_mean_forward(p, array(x), array(result), array(counts));
+  });
+  m.def("segment_mean_backward", [](const ArrayTuple& grad, const ArrayTuple& index, const ArrayTuple& counts,
+                                    bool mean, int threads, const ArrayTuple& dx) {
+    const SegmentMeanProblem p{array(index), mean, threads};
+    const py::gil_scoped_release release;
+    segment_mean_backward(p, array(grad), array(counts), array(dx));
+  });
   m.def("topk", [](const ArrayTuple& x, const ArrayTuple& y, int64_t k, const MaskTuple& allowed, int metric,
                    int64_t first_column, int threads, const ArrayTuple& scores, const ArrayTuple& indices) {
     require(metric >= 0 && metric <= static_cast<int>(TopkMetric::l2), "metric", "unknown kind");

@@ -10,6 +10,7 @@ from fastret.ops.pq_topk import pq_topk
 from fastret.ops.rank_sums import RankSums, rank_sums, sum_by_query
 from fastret.ops.row_extrema import row_extrema
 from fastret.ops.sampled_dot import sampled_dot
+from fastret.ops.segment_mean import segment_mean
 from fastret.ops.soft_assign import SoftAssign, soft_assign
 from fastret.ops.topk import topk
 from fastret.ops.update_rows import update_rows_
@@ -36,6 +37,7 @@ __all__ = [
     "rank_sums",
     "row_extrema",
     "sampled_dot",
+    "segment_mean",
     "soft_assign",
     "sum_by_query",
     "topk",
