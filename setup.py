@@ -35,6 +35,7 @@ PER_ISA = (
     "pair_dot.cpp",
     "pq_topk.cpp",
     "rank_sums.cpp",
+    "sampled_dot.cpp",
     "segment_mean.cpp",
     "topk.cpp",
 )

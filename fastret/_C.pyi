@@ -173,6 +173,33 @@ def pq_topk(
     /,
 ) -> None: ...
 def pq_topk_plan(groups: int, n: int, words: int, k: int, threads: int, /) -> tuple[int, int, int]: ...
+def sampled_dot_forward(
+    x: ArrayTuple,
+    bank: ArrayTuple,
+    first: ArrayTuple | None,
+    index: ArrayTuple | None,
+    seed: int,
+    count: int,
+    threads: int,
+    scores: ArrayTuple,
+    /,
+) -> None: ...
+def sampled_dot_backward(
+    x: ArrayTuple,
+    bank: ArrayTuple,
+    first: ArrayTuple | None,
+    index: ArrayTuple | None,
+    seed: int,
+    count: int,
+    threads: int,
+    grad: ArrayTuple,
+    dx: ArrayTuple | None,
+    d_bank: ArrayTuple | None,
+    /,
+) -> None: ...
+def patchmix(
+    x: ArrayTuple, groups: ArrayTuple, sizes: tuple[int, int, int, int, int], threads: int, out: ArrayTuple, /
+) -> None: ...
 def sweep_plan(n: int, m: int, d: int, item_bytes: int, threads: int, centers: int, /) -> tuple[int, int, bool]: ...
 def plan(n: int, m: int, symmetric: bool, threads: int, /) -> tuple[int, int]: ...
 def window(n: int, m: int, d: int, item_bytes: int, threads: int, /) -> int: ...

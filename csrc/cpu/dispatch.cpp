@@ -7,6 +7,7 @@
 #include "pair_dot.h"
 #include "pq_topk.h"
 #include "rank_sums.h"
+#include "sampled_dot.h"
 #include "segment_mean.h"
 #include "settings.h"
 #include "topk.h"
@@ -101,6 +102,7 @@ MaskedLseKernels masked_lse_kernels(bool doubles) { FASTRET_OF_ISA(masked_lse_ke
 MaskedLseSweep masked_lse_sweep_kernel(bool doubles) { FASTRET_OF_ISA(masked_lse_sweep_kernel(doubles)); }
 PairDotKernels pair_dot_kernels(bool doubles) { FASTRET_OF_ISA(pair_dot_kernels(doubles)); }
 SegmentMeanKernels segment_mean_kernels(bool doubles) { FASTRET_OF_ISA(segment_mean_kernels(doubles)); }
+SampledDotKernels sampled_dot_kernels(bool doubles) { FASTRET_OF_ISA(sampled_dot_kernels(doubles)); }
 TopkKernels topk_kernels(bool doubles) { FASTRET_OF_ISA(topk_kernels(doubles)); }
 PqTopkKernels pq_topk_kernels(bool doubles) { FASTRET_OF_ISA(pq_topk_kernels(doubles)); }
 

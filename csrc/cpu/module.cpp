@@ -9,8 +9,10 @@
 #include "blas.h"
 #include "masked_lse.h"
 #include "pair_dot.h"
+#include "patchmix.h"
 #include "pq_topk.h"
 #include "rank_sums.h"
+#include "sampled_dot.h"
 #include "segment_mean.h"
 #include "settings.h"
 #include "topk.h"
@@ -88,6 +90,12 @@ MaskedLseProblem lse_problem(const ArrayTuple& x, const MaybeArray& y, const std
 PairDotProblem pair_problem(const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row, const ArrayTuple& column,
                             bool normalize, int threads) {
   return {array(x), array(y ? *y : x), array(row), array(column), !y.has_value(), normalize, threads};
+}
+
+// x, bank, first, index, seed, count, threads
+SampledDotProblem sampled_problem(const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first,
+                                  const MaybeArray& index, uint64_t seed, int64_t count, int threads) {
+  return {array(x), array(bank), array(first), array(index), seed, count, threads};
 }
 
 }  // namespace
@@ -209,6 +217,28 @@ PYBIND11_MODULE(_C, m) {
   m.def("pq_topk_plan", [](int64_t groups, int64_t n, int64_t words, int64_t k, int threads) {
     const PqTopkPlan p = pq_topk_plan(groups, n, words, k, threads);
     return std::tuple{p.parts, p.part_rows, p.capacity};
+  });
+  m.def("sampled_dot_forward",
+        [](const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
+           int64_t count, int threads, const ArrayTuple& scores) {
+          const SampledDotProblem p = sampled_problem(x, bank, first, index, seed, count, threads);
+          const py::gil_scoped_release release;
+          sampled_dot_forward(p, array(scores));
+        });
+  m.def("sampled_dot_backward",
+        [](const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
+           int64_t count, int threads, const ArrayTuple& grad, const MaybeArray& dx, const MaybeArray& d_bank) {
+          const SampledDotProblem p = sampled_problem(x, bank, first, index, seed, count, threads);
+          const py::gil_scoped_release release;
+          sampled_dot_backward(p, array(grad), array(dx), array(d_bank));
+        });
+  m.def("patchmix", [](const ArrayTuple& x, const ArrayTuple& groups,
+                       const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, int threads,
+                       const ArrayTuple& out) {
+    const auto& [planes, down, lines, across, piece] = sizes;
+    const PatchMixProblem p{array(x), array(groups), planes, down, lines, across, piece, threads};
+    const py::gil_scoped_release release;
+    patchmix(p, array(out));
   });
   m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads, int64_t centers) {
     const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads, centers);
