@@ -8,9 +8,11 @@ from fastret.retrieval.metrics import (
     r_precision,
     recall_at_k,
 )
+from fastret.retrieval.pq_index import PQIndex
 from fastret.retrieval.search import topk
 
 __all__ = [
+    "PQIndex",
     "knn_classify",
     "map_at_r",
     "mean_average_precision",
