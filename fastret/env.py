@@ -9,7 +9,7 @@ import torch
 from fastret._version import __version__
 from fastret.backends import registry
 
-OPS = ("rank_sums", "masked_lse", "row_extrema", "pair_dot", "topk")
+OPS = ("rank_sums", "masked_lse", "row_extrema", "pair_dot", "soft_assign", "topk")
 
 
 def _version(package: str) -> str:
