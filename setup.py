@@ -37,6 +37,7 @@ PER_ISA = (
     "rank_sums.cpp",
     "sampled_dot.cpp",
     "segment_mean.cpp",
+    "soft_assign.cpp",
     "topk.cpp",
 )
 

@@ -10,6 +10,7 @@
 #include "sampled_dot.h"
 #include "segment_mean.h"
 #include "settings.h"
+#include "soft_assign.h"
 #include "topk.h"
 
 namespace fastret {
@@ -103,6 +104,7 @@ MaskedLseSweep masked_lse_sweep_kernel(bool doubles) { FASTRET_OF_ISA(masked_lse
 PairDotKernels pair_dot_kernels(bool doubles) { FASTRET_OF_ISA(pair_dot_kernels(doubles)); }
 SegmentMeanKernels segment_mean_kernels(bool doubles) { FASTRET_OF_ISA(segment_mean_kernels(doubles)); }
 SampledDotKernels sampled_dot_kernels(bool doubles) { FASTRET_OF_ISA(sampled_dot_kernels(doubles)); }
+SoftAssignKernels soft_assign_kernels(bool doubles) { FASTRET_OF_ISA(soft_assign_kernels(doubles)); }
 TopkKernels topk_kernels(bool doubles) { FASTRET_OF_ISA(topk_kernels(doubles)); }
 PqTopkKernels pq_topk_kernels(bool doubles) { FASTRET_OF_ISA(pq_topk_kernels(doubles)); }
 

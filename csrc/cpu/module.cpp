@@ -15,6 +15,7 @@
 #include "sampled_dot.h"
 #include "segment_mean.h"
 #include "settings.h"
+#include "soft_assign.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -96,6 +97,14 @@ PairDotProblem pair_problem(const ArrayTuple& x, const MaybeArray& y, const Arra
 SampledDotProblem sampled_problem(const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first,
                                   const MaybeArray& index, uint64_t seed, int64_t count, int threads) {
   return {array(x), array(bank), array(first), array(index), seed, count, threads};
+}
+
+// x, keys, bias, logits, codebook, books
+using AssignTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray, ArrayTuple, int64_t>;
+
+SoftAssignProblem assign_problem(const AssignTuple& t, int threads) {
+  const auto& [x, keys, bias, logits, codebook, books] = t;
+  return {array(x), array(keys), array(bias), array(logits), array(codebook), books, threads};
 }
 
 }  // namespace
@@ -240,6 +249,32 @@ PYBIND11_MODULE(_C, m) {
     const py::gil_scoped_release release;
     patchmix(p, array(out));
   });
+  m.def("soft_assign_forward",
+        [](const AssignTuple& problem, int threads, const ArrayTuple& codes, const MaybeArray& lse,
+           const MaybeArray& soft, const MaybeArray& usage, const MaybeArray& purity) {
+          const SoftAssignProblem p = assign_problem(problem, threads);
+          const SoftAssignResult r{array(codes), array(lse), array(soft), array(usage), array(purity)};
+          const py::gil_scoped_release release;
+          soft_assign_forward(p, r);
+        });
+  m.def("soft_assign_backward",
+        [](const AssignTuple& problem, int threads, const std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>& in,
+           const MaybeArray& lse, const ArrayTuple& codes, bool straight_through,
+           const std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>& out) {
+          const SoftAssignProblem p = assign_problem(problem, threads);
+          const auto& [soft, hard, usage, purity] = in;
+          const auto& [rows, keys, bias, codebook] = out;
+          const SoftAssignUpstream u{array(soft),   array(hard), array(usage),    array(purity),
+                                     array(lse),    array(codes), straight_through};
+          const SoftAssignGradient g{array(rows), array(keys), array(bias), array(codebook)};
+          const py::gil_scoped_release release;
+          soft_assign_backward(p, u, g);
+        });
+  m.def("assign_plan",
+        [](int64_t n, int64_t books, int64_t words, int64_t sum_bytes, int64_t item_bytes, int threads) {
+          const AssignPlan p = assign_plan(n, books, words, sum_bytes, item_bytes, threads);
+          return std::tuple{p.words, p.ranges, p.range_rows, p.by_words, p.sum_words};
+        });
   m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads, int64_t centers) {
     const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads, centers);
     return std::tuple{p.rows, p.col_block, p.keep};
