@@ -9,11 +9,13 @@ from fastret._version import __version__
 from fastret.backends.registry import available_backends, backend
 from fastret.env import env_report
 from fastret.losses import (
+    DPQ,
     ArcFace,
     CentroidTriplet,
     CLIPLoss,
     CosFace,
     CQCLoss,
+    DPQLoss,
     InfoNCE,
     InstanceSoftmax,
     InvariantSpreading,
@@ -25,6 +27,7 @@ from fastret.losses import (
     ProxyNCA,
     ProxyNCAPlusPlus,
     SmoothAP,
+    SoftPQ,
     SoftTargetInfoNCE,
     SoftTriple,
     SubCenterArcFace,
@@ -32,11 +35,13 @@ from fastret.losses import (
 )
 
 __all__ = [
+    "DPQ",
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
     "CentroidTriplet",
     "CosFace",
+    "DPQLoss",
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
@@ -48,6 +53,7 @@ __all__ = [
     "ProxyNCA",
     "ProxyNCAPlusPlus",
     "SmoothAP",
+    "SoftPQ",
     "SoftTargetInfoNCE",
     "SoftTriple",
     "SubCenterArcFace",
