@@ -128,6 +128,24 @@ def pair_dot_backward(
     dy: ArrayTuple | None,
     /,
 ) -> None: ...
+def segment_mean_forward(
+    x: ArrayTuple,
+    index: ArrayTuple,
+    mean: bool,
+    threads: int,
+    result: ArrayTuple,
+    counts: ArrayTuple,
+    /,
+) -> None: ...
+def segment_mean_backward(
+    grad: ArrayTuple,
+    index: ArrayTuple,
+    counts: ArrayTuple,
+    mean: bool,
+    threads: int,
+    dx: ArrayTuple,
+    /,
+) -> None: ...
 def topk(
     x: ArrayTuple,
     y: ArrayTuple,
@@ -141,6 +159,20 @@ def topk(
     /,
 ) -> None: ...
 def topk_plan(n: int, m: int, k: int, key_bytes: int, threads: int, /) -> tuple[int, int, int, int]: ...
+def pq_topk(
+    query: ArrayTuple,
+    codebook: ArrayTuple,
+    codes: ArrayTuple,
+    words: int,
+    k: int,
+    metric: int,
+    first_index: int,
+    threads: int,
+    scores: ArrayTuple,
+    indices: ArrayTuple,
+    /,
+) -> None: ...
+def pq_topk_plan(groups: int, n: int, words: int, k: int, threads: int, /) -> tuple[int, int, int]: ...
 def sweep_plan(n: int, m: int, d: int, item_bytes: int, threads: int, centers: int, /) -> tuple[int, int, bool]: ...
 def plan(n: int, m: int, symmetric: bool, threads: int, /) -> tuple[int, int]: ...
 def window(n: int, m: int, d: int, item_bytes: int, threads: int, /) -> int: ...

@@ -8,6 +8,7 @@ from fastret.losses.instance_softmax import instance_softmax
 from fastret.losses.invariant_spreading import invariant_spreading
 from fastret.losses.margin_softmax import arc_face, cos_face
 from fastret.losses.multi_similarity import multi_similarity
+from fastret.losses.nce import nce
 from fastret.losses.nt_xent import nt_xent
 from fastret.losses.proxy_anchor import proxy_anchor
 from fastret.losses.proxy_nca import proxy_nca
@@ -17,6 +18,7 @@ from fastret.losses.soft_pq import soft_pq
 from fastret.losses.soft_target import soft_target_info_nce
 from fastret.losses.sub_centers import soft_triple, sub_center_arc_face
 from fastret.losses.sup_con import sup_con
+from fastret.ops.patchmix import patchmix
 
 __all__ = [
     "arc_face",
@@ -29,8 +31,10 @@ __all__ = [
     "instance_softmax",
     "invariant_spreading",
     "multi_similarity",
+    "nce",
     "normalized_softmax",
     "nt_xent",
+    "patchmix",
     "proxy_anchor",
     "proxy_nca",
     "proxy_nca_plus_plus",

@@ -88,6 +88,24 @@ inline TopkPlan topk_plan(int64_t n, int64_t m, int64_t k, int64_t key_bytes, in
   return p;
 }
 
+// The k best codes of every query: groups of queries, each against parts of the codes, whose k best are merged.
+struct PqTopkPlan {
+  int64_t parts = 1, part_rows = 0;
+  int64_t capacity = 0;  // candidates of a query before all but the k best are dropped
+};
+
+// Too few groups for all threads: in parts, each of which makes tables of its own, and has more codes than they words.
+inline PqTopkPlan pq_topk_plan(int64_t groups, int64_t n, int64_t words, int64_t k, int threads) {
+  constexpr int64_t kLeast = 2048, kAWord = 4, kFew = 64;
+  auto pieces = [](int64_t size, int64_t piece) { return (size + piece - 1) / piece; };
+  const int64_t t = std::max(1, threads), wanted = pieces(2 * t, std::max<int64_t>(1, groups));
+  PqTopkPlan p;
+  p.parts = std::clamp<int64_t>(std::min(wanted, n / std::max(kLeast, kAWord * words)), 1, t);
+  p.part_rows = pieces(n, p.parts);
+  p.capacity = k < n / 2 ? 2 * k + kFew : n + 1;
+  return p;
+}
+
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two
 // threads of a round never add to the same rows: no atomics, and every run with the same blocks adds in the same order.
 class Tournament {

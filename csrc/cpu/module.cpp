@@ -9,7 +9,9 @@
 #include "blas.h"
 #include "masked_lse.h"
 #include "pair_dot.h"
+#include "pq_topk.h"
 #include "rank_sums.h"
+#include "segment_mean.h"
 #include "settings.h"
 #include "topk.h"
 
@@ -24,7 +26,7 @@ using ArrayTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, int64_t
 
 Array array(const ArrayTuple& t) {
   const auto& [address, rows, cols, stride, dtype, bytes] = t;
-  require(dtype >= 0 && dtype <= static_cast<int>(DType::i64), "dtype", "unknown code " + std::to_string(dtype));
+  require(dtype >= 0 && dtype <= static_cast<int>(DType::u16), "dtype", "unknown code " + std::to_string(dtype));
   return {reinterpret_cast<void*>(address), rows, cols, stride, static_cast<DType>(dtype), bytes};
 }
 Array array(const std::optional<ArrayTuple>& t) { return t ? array(*t) : Array{}; }
@@ -172,6 +174,18 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           pair_dot_backward(p, array(grad), array(dx), array(dy));
         });
+  m.def("segment_mean_forward", [](const ArrayTuple& x, const ArrayTuple& index, bool mean, int threads,
+                                   const ArrayTuple& result, const ArrayTuple& counts) {
+    const SegmentMeanProblem p{array(index), mean, threads};
+    const py::gil_scoped_release release;
+    segment_mean_forward(p, array(x), array(result), array(counts));
+  });
+  m.def("segment_mean_backward", [](const ArrayTuple& grad, const ArrayTuple& index, const ArrayTuple& counts,
+                                    bool mean, int threads, const ArrayTuple& dx) {
+    const SegmentMeanProblem p{array(index), mean, threads};
+    const py::gil_scoped_release release;
+    segment_mean_backward(p, array(grad), array(counts), array(dx));
+  });
   m.def("topk", [](const ArrayTuple& x, const ArrayTuple& y, int64_t k, const MaskTuple& allowed, int metric,
                    int64_t first_column, int threads, const ArrayTuple& scores, const ArrayTuple& indices) {
     require(metric >= 0 && metric <= static_cast<int>(TopkMetric::l2), "metric", "unknown kind");
@@ -182,6 +196,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("topk_plan", [](int64_t n, int64_t m, int64_t k, int64_t key_bytes, int threads) {
     const TopkPlan p = topk_plan(n, m, k, key_bytes, threads);
     return std::tuple{p.row_block, p.parts, p.part_cols, p.capacity};
+  });
+  m.def("pq_topk", [](const ArrayTuple& query, const ArrayTuple& codebook, const ArrayTuple& codes, int64_t words,
+                      int64_t k, int metric, int64_t first_index, int threads, const ArrayTuple& scores,
+                      const ArrayTuple& indices) {
+    require(metric >= 0 && metric <= static_cast<int>(PqMetric::dot), "metric", "unknown kind");
+    const PqTopkProblem p{array(query), array(codebook), array(codes), words, k, static_cast<PqMetric>(metric),
+                          first_index, threads};
+    const py::gil_scoped_release release;
+    pq_topk(p, array(scores), array(indices));
+  });
+  m.def("pq_topk_plan", [](int64_t groups, int64_t n, int64_t words, int64_t k, int threads) {
+    const PqTopkPlan p = pq_topk_plan(groups, n, words, k, threads);
+    return std::tuple{p.parts, p.part_rows, p.capacity};
   });
   m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads, int64_t centers) {
     const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads, centers);

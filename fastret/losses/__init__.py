@@ -6,9 +6,14 @@ from fastret.losses.dpq import DPQ, DPQLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
 from fastret.losses.invariant_spreading import InvariantSpreading
+from fastret.losses.lemniscate import LinearAverage, NCEAverage, NCECriterion
 from fastret.losses.margin_softmax import ArcFace, CosFace
+from fastret.losses.memory_bank import MemoryBank
 from fastret.losses.multi_similarity import MultiSimilarity
+from fastret.losses.nce import NCELoss
+from fastret.losses.npid import NPID
 from fastret.losses.nt_xent import NTXent
+from fastret.losses.patchmix import PatchMixLoss
 from fastret.losses.proxy_anchor import ProxyAnchor
 from fastret.losses.proxy_nca import ProxyNCA
 from fastret.losses.proxy_softmax import NormalizedSoftmax, ProxyNCAPlusPlus
@@ -20,6 +25,7 @@ from fastret.losses.sup_con import SupCon
 
 __all__ = [
     "DPQ",
+    "NPID",
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
@@ -29,9 +35,15 @@ __all__ = [
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
+    "LinearAverage",
+    "MemoryBank",
     "MultiSimilarity",
+    "NCEAverage",
+    "NCECriterion",
+    "NCELoss",
     "NTXent",
     "NormalizedSoftmax",
+    "PatchMixLoss",
     "PatchMixTargets",
     "ProxyAnchor",
     "ProxyNCA",
