@@ -9,12 +9,14 @@ from fastret._version import __version__
 from fastret.backends.registry import available_backends, backend
 from fastret.env import env_report
 from fastret.losses import (
+    DPQ,
     NPID,
     ArcFace,
     CentroidTriplet,
     CLIPLoss,
     CosFace,
     CQCLoss,
+    DPQLoss,
     InfoNCE,
     InstanceSoftmax,
     InvariantSpreading,
@@ -32,6 +34,7 @@ from fastret.losses import (
     ProxyNCA,
     ProxyNCAPlusPlus,
     SmoothAP,
+    SoftPQ,
     SoftTargetInfoNCE,
     SoftTriple,
     SubCenterArcFace,
@@ -39,12 +42,14 @@ from fastret.losses import (
 )
 
 __all__ = [
+    "DPQ",
     "NPID",
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
     "CentroidTriplet",
     "CosFace",
+    "DPQLoss",
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
@@ -62,6 +67,7 @@ __all__ = [
     "ProxyNCA",
     "ProxyNCAPlusPlus",
     "SmoothAP",
+    "SoftPQ",
     "SoftTargetInfoNCE",
     "SoftTriple",
     "SubCenterArcFace",

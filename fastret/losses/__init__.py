@@ -2,6 +2,7 @@
 
 from fastret.losses.centroid_triplet import CentroidTriplet
 from fastret.losses.cqc import CQCLoss
+from fastret.losses.dpq import DPQ, DPQLoss
 from fastret.losses.info_nce import CLIPLoss, InfoNCE
 from fastret.losses.instance_softmax import InstanceSoftmax
 from fastret.losses.invariant_spreading import InvariantSpreading
@@ -17,17 +18,20 @@ from fastret.losses.proxy_anchor import ProxyAnchor
 from fastret.losses.proxy_nca import ProxyNCA
 from fastret.losses.proxy_softmax import NormalizedSoftmax, ProxyNCAPlusPlus
 from fastret.losses.smooth_ap import SmoothAP
+from fastret.losses.soft_pq import SoftPQ
 from fastret.losses.soft_target import PatchMixTargets, SoftTargetInfoNCE
 from fastret.losses.sub_centers import SoftTriple, SubCenterArcFace
 from fastret.losses.sup_con import SupCon
 
 __all__ = [
+    "DPQ",
     "NPID",
     "ArcFace",
     "CLIPLoss",
     "CQCLoss",
     "CentroidTriplet",
     "CosFace",
+    "DPQLoss",
     "InfoNCE",
     "InstanceSoftmax",
     "InvariantSpreading",
@@ -45,6 +49,7 @@ __all__ = [
     "ProxyNCA",
     "ProxyNCAPlusPlus",
     "SmoothAP",
+    "SoftPQ",
     "SoftTargetInfoNCE",
     "SoftTriple",
     "SubCenterArcFace",
