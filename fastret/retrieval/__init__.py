@@ -9,6 +9,7 @@ from fastret.retrieval.metrics import (
     r_precision,
     recall_at_k,
 )
+from fastret.retrieval.nmi import nmi
 from fastret.retrieval.pq_index import PQIndex
 from fastret.retrieval.search import topk
 
@@ -19,6 +20,7 @@ __all__ = [
     "knn_classify",
     "map_at_r",
     "mean_average_precision",
+    "nmi",
     "product_kmeans",
     "queries_without_match",
     "r_precision",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastret.data import ImageSet
-from fastret.retrieval.metrics import recall_and_map_at_r
+from fastret.retrieval.metrics import rank_metrics
 
 BATCH = 1024  # images embedded at once
 
@@ -36,5 +36,5 @@ def evaluate(model: nn.Module, data: ImageSet, device: str) -> Retrieval:
     """Recall@1, recall@10 and MAP@R of ``data``'s images among themselves."""
     embeddings = embed(model, data.images, device)
     ten = min(10, len(embeddings) - 1)  # a smaller set has no more to search
-    recall, precision = recall_and_map_at_r(embeddings, data.labels.to(device), ks=(1, ten))
-    return Retrieval(recall[1], recall[ten], precision)
+    found = rank_metrics(embeddings, data.labels.to(device), ("recall", "map-at-r"), ks=(1, ten))
+    return Retrieval(found["recall@1"], found[f"recall@{ten}"], found["map-at-r"])
