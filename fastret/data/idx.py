@@ -3,8 +3,8 @@
 A file is: two zero bytes, the type (0x08: unsigned byte), the number of dimensions, each dimension as a big-endian
 32-bit integer, then the values in row-major order (LeCun, Cortes, Burges: The MNIST database of handwritten digits).
 
-Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747; MIT licence): 60,000 training and 10,000 test images of 28 x
-28 pixels in 10 classes. Debian packages it as dataset-fashion-mnist.
+Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747; MIT licence): 60,000 training and 10,000 test images of
+28 x 28 pixels in 10 classes. Debian packages it as dataset-fashion-mnist.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def load_fashion_mnist(folder: str | Path | None = None) -> tuple[ImageSet, Imag
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"Fashion-MNIST is not in {root} (no {missing[0]}): apt-get update && apt-get install dataset-fashion-mnist, "
-            "or set FASTRET_DATA to a folder with its files in fashion-mnist/"
+            f"Fashion-MNIST is not in {root} (no {missing[0]}); install Debian's package: "
+            "apt-get update && apt-get install dataset-fashion-mnist, or set FASTRET_DATA to a folder that has its files "
+            "in fashion-mnist/"
         )
     names = list(FASHION_CLASSES)
     return load_idx(files[0], files[1], names), load_idx(files[2], files[3], names)

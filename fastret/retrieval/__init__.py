@@ -8,12 +8,14 @@ from fastret.retrieval.metrics import (
     r_precision,
     recall_at_k,
 )
+from fastret.retrieval.ranked import mean_average_precision_at_n
 from fastret.retrieval.search import topk
 
 __all__ = [
     "knn_classify",
     "map_at_r",
     "mean_average_precision",
+    "mean_average_precision_at_n",
     "queries_without_match",
     "r_precision",
     "recall_at_k",

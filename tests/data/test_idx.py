@@ -70,7 +70,9 @@ def test_images_and_labels_belong_together(tmp_path: Path) -> None:
 
 def test_fashion_mnist_is_read_from_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRET_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no train-images-idx3-ubyte.gz.*apt-get install dataset-fashion-mnist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no train-images-idx3-ubyte.gz.*apt-get install dataset-fashion-mnist"
+    ):
         load_fashion_mnist()
     assert fashion_folder() == tmp_path / "fashion-mnist"
     fashion_folder().mkdir()
