@@ -97,9 +97,9 @@ def load_fashion_mnist(folder: str | Path | None = None) -> tuple[ImageSet, Imag
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"Fashion-MNIST is not in {root} (no {missing[0]}); install Debian's package: "
-            "apt-get update && apt-get install dataset-fashion-mnist, or set FASTRET_DATA to a folder that has its files "
-            "in fashion-mnist/"
+            f"Fashion-MNIST is not in {root} (no {missing[0]}); install Debian's package, "
+            "apt-get update && apt-get install dataset-fashion-mnist, "
+            "or set FASTRET_DATA to a folder that has the files in fashion-mnist/"
         )
     names = list(FASHION_CLASSES)
     return load_idx(files[0], files[1], names), load_idx(files[2], files[3], names)
