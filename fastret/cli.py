@@ -19,6 +19,7 @@ from fastret.training.checkpoint import load_checkpoint
 from fastret.training.heap import keep_freed_memory
 from fastret.training.losses import LOSSES, Recipe
 from fastret.training.sources import SOURCES
+from fastret.training.spq import BITS
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -71,12 +72,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the run in the output folder, with its options"
     )
     add("iterations", "batches to train on", type=int)
-    add("batch_classes", "classes of a batch; all there are where the data has fewer", type=int)
-    add("samples_per_class", "images of each class in a batch", type=int)
+    add("batch_classes", "classes of a batch; all there are where the data has fewer; images without labels", type=int)
+    add("samples_per_class", "images of each class in a batch; views of each image without labels", type=int)
     add("temperature", "temperature of the loss", type=float)
     add("filters", "channels of the network's first block, a quarter of the last one's", type=int)
     add("lr", "AdamW's learning rate at the start of a cosine schedule", type=float)
-    add("proxy_lr", "the same of the loss's own parameters, its proxies", type=float)
+    add("proxy_lr", "the same of the loss's own parameters, its proxies or words", type=float)
+    add("bits", "bits of an image's code", type=int, choices=BITS)
     add("seed", "seed of weights, batches and augmentation", type=int)
     add("checkpoint_every", "iterations between two checkpoints", type=int)
     add("threads", "CPU threads (default: as PyTorch has it)", type=int)

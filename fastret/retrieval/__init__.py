@@ -11,6 +11,7 @@ from fastret.retrieval.metrics import (
 )
 from fastret.retrieval.nmi import nmi
 from fastret.retrieval.pq_index import PQIndex
+from fastret.retrieval.ranked import mean_average_precision_at_n
 from fastret.retrieval.search import topk
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "knn_classify",
     "map_at_r",
     "mean_average_precision",
+    "mean_average_precision_at_n",
     "nmi",
     "product_kmeans",
     "queries_without_match",

@@ -1,0 +1,57 @@
+"""Self-supervised product quantization: a network and a codebook learn from two random views of each image.
+
+Jang, Cho: Self-supervised Product Quantization for Deep Unsupervised Image Retrieval. ICCV 2021, arXiv 2109.02244. The
+network's descriptors x of both views and their soft quantisations z are compared across: an image's x of one view is to
+be nearest its z of the other (`fastret.CQCLoss`).
+"""
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor, nn
+
+from fastret.losses import CQCLoss, SoftPQ
+from fastret.training.evaluation import embed
+
+BITS = (16, 32, 64)
+WORDS = 256  # of a book: a byte an index
+BITS_A_BOOK = 8
+TAU_Q = 1.0  # a coordinate of an embedding has unit variance
+WARM_UP = 30  # batches; after them a BatchNorm's running statistics are those of the data to 0.9^30 = 4 %
+
+
+class SPQ(nn.Module):
+    """Loss of the views' embeddings ``[view 1; view 2]``, with the codebook as its parameter.
+
+    Args:
+        bits: of an image's code, 8 a book.
+        width: of an embedding; the books divide it.
+        temperature: of the contrast.
+        impl: as the losses' ``impl=``.
+    """
+
+    def __init__(self, bits: int, width: int, temperature: float, *, impl: str | None = None) -> None:
+        super().__init__()
+        books = bits // BITS_A_BOOK
+        self.quantizer = SoftPQ(books, WORDS, width // books, TAU_Q, impl=impl)
+        self.contrast = CQCLoss(tau_cqc=temperature, impl=impl)
+
+    def forward(self, views: Tensor, labels: Tensor) -> Tensor:
+        """Loss of ``views`` (2n, width), rows i and i + n of one image; labels say no more."""
+        first, second = views.chunk(2)
+        first_words, second_words = self.quantizer(views).chunk(2)
+        loss: Tensor = self.contrast(first, second, first_words, second_words)
+        return loss
+
+    def initialise(self, model: nn.Module, images: Sequence[Tensor]) -> None:
+        """Put the words where the untrained network's embeddings of all ``images`` lie, by k-means.
+
+        Its BatchNorms must know the data first: with the statistics that they start with, embeddings would have
+        another length in evaluation than in training.
+        """
+        device = str(next(model.parameters()).device)
+        with torch.no_grad():
+            for batch in islice(cycle(images), WARM_UP):
+                model(batch.to(device))
+        self.quantizer.init_from(torch.cat([embed(model, batch, device) for batch in images]))
