@@ -109,3 +109,16 @@ def test_readme() -> None:
     exec(snippet, names)
     assert names["found"].shape == (3, 10)
     assert not torch.equal(names["network"].weight, before)
+
+
+@pytest.mark.parametrize("words", [16, 257])
+def test_codes_go_into_an_index(words: int) -> None:
+    module = fastret.SoftPQ(3, words, 4)
+    gallery, query = torch.randn(400, 12), torch.randn(5, 12)
+    index = fastret.retrieval.PQIndex(module.codebook, module.encode(gallery))
+    scores, found = index.search(query, 7)
+    exact = (query[:, None] - module.decode(module.encode(gallery))).square().sum(2)
+    torch.testing.assert_close(scores, exact.topk(7, largest=False).values)
+    torch.testing.assert_close(scores, exact.gather(1, found))
+    index.add(gallery)
+    assert torch.equal(index.codes[400:], index.codes[:400])
