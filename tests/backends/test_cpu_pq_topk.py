@@ -23,15 +23,15 @@ def restored() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("isa", _C.supported_isas())
-@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("metric", ["l2", "l21", "dot"])
-@pytest.mark.parametrize(("books", "words"), [(1, 1), (10, 256), (3, 300), (65, 300), (2, 5000)])
+@pytest.mark.parametrize(("books", "words"), [(1, 1), (10, 256), (65, 256), (65, 300), (2, 5000)])
 def test_every_instruction_set(isa: str, dtype: torch.dtype, metric: str, books: int, words: int) -> None:
     """Tables that fit L2, and those that are looked up in slices of books."""
     _C.set_isa(isa)
     codebook = torch.randn(books, words, 3).to(dtype)
     codes = torch.randint(0, words, (2500, books)).to(torch.uint8 if words <= 256 else torch.uint16)
-    for queries in (1, 2, 3, 5, 8, 9, 17, 31):  # groups of every width
+    for queries in (1, 3, 5, 31):  # groups of every width
         query = torch.randn(queries, books * 3).to(dtype)
         truth, _ = pq_topk(query.to(F64), codebook.to(F64), codes, k=2500, metric=metric, impl="reference")
         for k in (1, 60, 2500):
