@@ -7,13 +7,16 @@
 
 namespace fastret {
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, i64 = 4 };
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, i64 = 4, u8 = 5, u16 = 6 };
+
+inline bool is_float(DType t) { return t < DType::i64; }
 
 inline int64_t item_size(DType t) {
   switch (t) {
     case DType::f64:
     case DType::i64: return 8;
     case DType::f32: return 4;
+    case DType::u8: return 1;
     default: return 2;
   }
 }

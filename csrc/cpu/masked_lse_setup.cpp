@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kPadding = 64;  // elements: at least a vector of any instruction set
 
-bool is_float(DType t) { return t != DType::i64; }
 DType accumulate_in(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 template <class T> constexpr DType type_of = sizeof(T) == 8 ? DType::f64 : DType::f32;
 

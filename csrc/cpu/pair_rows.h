@@ -3,7 +3,6 @@
 // Tiles and the vectors of LseHeadWork are padded to whole vectors: scores by 0, logits by -inf, weights by 0.
 #pragma once
 #include <algorithm>
-#include <limits>
 
 #include "masked_lse.h"
 #include "pack.h"
@@ -13,7 +12,6 @@ FASTRET_ISA_BEGIN
 
 constexpr double kLog2e = 1.4426950408889634;
 
-template <class T> constexpr T kNothing = -std::numeric_limits<T>::infinity();
 template <class T> int64_t padded(int64_t n) { return (n + lanes<T> - 1) / lanes<T> * lanes<T>; }
 
 // e^x for x that is not large; 0 below the normal numbers: what is masked counts nothing, and no product that follows

@@ -7,7 +7,6 @@
 namespace fastret {
 namespace {
 
-bool is_float(DType t) { return t != DType::i64; }
 DType accumulate_in(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
 void check_problem(const RankSumsProblem& p) {

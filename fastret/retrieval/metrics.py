@@ -24,12 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastret.backends import registry
 from fastret.backends.pairs import PairMask
-from fastret.backends.rows import poison
 from fastret.ops.checks import check_labels, check_rows
 from fastret.ops.topk import topk
-from fastret.retrieval.search import BUDGET, rows_at_once, search_bar
+from fastret.retrieval.search import BUDGET, bar, check_finite, rows_at_once, serving
 
 # What a metric makes of a block: the matches in rank order (queries, ranks) bool and R (queries,), to one row a query.
 PerQuery = Callable[[Tensor, Tensor], Tensor]
@@ -203,9 +201,9 @@ def _rankings(
     # Those with the most matches first: a block looks at as many ranks as its first query needs.
     order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
     number = torch.arange(len(rows), device=rows.device)
-    impl = _serving(embeddings)
+    impl = serving("topk", embeddings)
     begin = 0
-    with search_bar(len(order), progress) as bar:
+    with bar(len(order), "search", "query", progress) as shown:
         while begin < len(order):
             most = {ALL: size, UP_TO_R: int(count[order[begin]])}
             depth = max(most[wanted] if isinstance(wanted, str) else wanted for wanted in ranks)
@@ -214,16 +212,7 @@ def _rankings(
             _, nearest = topk(embeddings[block], rows, k=depth, mask=others, impl=impl)
             yield row_labels[nearest] == labels[block, None], count[block]
             begin += len(block)
-            bar.update(len(block))
-
-
-def _serving(x: Tensor) -> str:
-    """The implementation that is asked for; "auto" where that is one for training, which has no topk."""
-    name = registry.chosen(None)
-    if name == registry.AUTO:
-        return name
-    call = registry.Call("topk", x.device.type, x.dtype)
-    return registry.AUTO if registry.IMPLEMENTATIONS[name].unsupported(call) else name
+            shown.update(len(block))
 
 
 def _matches(labels: Tensor, row_labels: Tensor) -> Tensor:
@@ -247,16 +236,10 @@ def _check_ks(ks: Sequence[int], size: int) -> None:
 def _check(embeddings: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None) -> None:
     check_rows(embeddings, "embeddings")
     check_labels(labels, embeddings, "labels")
-    _check_finite(embeddings, "embeddings")
+    check_finite(embeddings, "embeddings")
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery, gallery_labels: expected both or neither")
     if gallery is not None and gallery_labels is not None:
         check_rows(gallery, "gallery", like=embeddings)
         check_labels(gallery_labels, gallery, "gallery_labels")
-        _check_finite(gallery, "gallery")
-
-
-def _check_finite(x: Tensor, name: str) -> None:
-    """NaN has no place in a ranking, and would be counted as a miss or a hit depending on the sort."""
-    if bool(poison(x).isnan()):
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+        check_finite(gallery, "gallery")

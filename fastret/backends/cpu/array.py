@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+    torch.uint8: 5,
+    torch.uint16: 6,
+}
 
 ArrayTuple = tuple[int, int, int, int, int, int]
 

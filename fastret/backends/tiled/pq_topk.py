@@ -1,0 +1,49 @@
+"""pq_topk by tables of a block of queries; the best so far compete with the scores of a block of codes."""
+
+import torch
+from torch import Tensor
+
+from fastret.backends.selection import best
+
+QUERIES, CODES = 256, 8192
+TABLE = 1 << 24  # numbers of a block's tables, as far as one query allows
+
+
+def forward(
+    query: Tensor, codebook: Tensor, codes: Tensor, k: int, *, metric: str, first_index: int
+) -> tuple[Tensor, Tensor]:
+    """(scores, indices), best first, as backends/reference defines them."""
+    sign = 1 if metric == "dot" else -1
+    values = query.new_full((len(query), k), -torch.inf)
+    indices = torch.full((len(query), k), -1, device=query.device)
+    rows = max(1, min(QUERIES, TABLE // codebook[:, :, 0].numel()))
+    for begin in range(0, len(query), rows):
+        block = slice(begin, begin + rows)
+        tables = [sign * table for table in _tables(query[block], codebook, metric)]
+        for first in range(0, len(codes), CODES):
+            words = codes[first : first + CODES].long()
+            scores = tables[0][:, words[:, 0]]
+            for book in range(1, len(tables)):  # in their order: sums have the bits of any other block's
+                scores = scores + tables[book][:, words[:, book]]
+            candidates = torch.where(scores.isnan(), -torch.inf, scores)
+            # what was found before stands first: lower indices
+            both = torch.cat([values[block], candidates], 1)
+            index = torch.arange(first, first + len(words), device=query.device).expand(len(both), -1)
+            place = best(both, k)
+            values[block] = both.gather(1, place)
+            indices[block] = torch.cat([indices[block], index + first_index], 1).gather(1, place)
+    return values * sign, torch.where(values == -torch.inf, -1, indices)
+
+
+def _tables(query: Tensor, codebook: Tensor, metric: str) -> list[Tensor]:
+    """Per book (rows, K): each word's part of the scores."""
+    parts = query.view(len(query), *codebook.shape[::2]).unbind(1)
+    if metric == "dot":
+        return [part @ words.T for part, words in zip(parts, codebook, strict=True)]
+    squares = []
+    for part, words in zip(parts, codebook, strict=True):
+        total = query.new_zeros(len(part), len(words))
+        for column in range(words.shape[1]):
+            total += (part[:, column, None] - words[:, column]).square()
+        squares.append(total)
+    return [square.sqrt() for square in squares] if metric == "l21" else squares

@@ -1,0 +1,166 @@
+"""pq_topk: the k best of N product-quantized vectors for every query, by a table of each query; exact.
+
+A code c_j names one word of each of M books; with book m's words w_mk and the query cut into as many parts q_m,
+
+    l2    s_j = sum over m of |q_m - w_m,c_jm|^2      the least first: squared distance to what the code stands for
+    l21   s_j = sum over m of |q_m - w_m,c_jm|        the least first: its l2,1 norm, distances that are not squared
+    dot   s_j = sum over m of <q_m, w_m,c_jm>         the greatest first
+
+l2 is asymmetric distance computation (ADC: Jegou, Douze, Schmid: Product Quantization for Nearest Neighbor Search, PAMI
+2011), and what FAISS' IndexPQ computes; l21 ranks otherwise, and is the evaluation of SPQ (Jang, Cho: Self-supervised
+Product Quantization for Deep Unsupervised Image Retrieval, ICCV 2021). A query that is itself made of words gets the
+symmetric distances. Parts of a score are sums of differences squared, not |q|^2 + |w|^2 - 2 <q, w>, and are added book
+after book: equal codes have equal bits wherever they stand.
+
+Of equal scores the lower index comes first, and is kept. A query with fewer than k candidates is filled with the worst
+score (+inf, dot: -inf) and index -1. A code whose score is NaN, or the worst, is no candidate. Pieces of the codes
+merge into what one call returns, bit for bit. Results carry no gradient.
+
+Cost: Q K D multiplications for tables, Q N M lookups; in C++ one lookup serves as many queries as a vector has lanes.
+Memory: O(Q k) results and, a thread, the tables and candidates of one vector of queries, O(M K + k) a lane.
+
+Where codes are looked at: every code has to be below K, and is compared with it here, on each call, except where its
+dtype cannot hold another (uint8 and K = 256). The C++ scan relies on that.
+
+The interface of an implementation, ``fastret.backends.*.pq_topk``:
+
+    forward(query, codebook, codes, k, *, metric, first_index) -> tuple[Tensor, Tensor]
+
+with query (Q, M L) and codebook (M, K, L) both float32 or both float64; codes (N, M) of an integer dtype, in range;
+k >= 1; scores (Q, k) of the query's dtype; indices (Q, k) int64.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastret.backends import registry
+from fastret.backends.reference import pq_topk as reference
+from fastret.backends.rows import accumulation_dtype
+from fastret.ops import checks
+from fastret.ops.library import define, loop_under_vmap
+
+METRICS = ("l2", "l21", "dot")
+
+MOST_WORDS = 1 << 16  # a code has at most 16 bits
+
+_CODE_DTYPES = (torch.uint16, *checks.INTEGERS)
+
+
+def pq_topk(
+    query: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    *,
+    k: int,
+    metric: str = "l2",
+    first_index: int = 0,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best codes of every query; formulas, ties and what is no candidate stand at the top of this file.
+
+    Args:
+        query: (Q, M L) rows, not quantized.
+        codebook: (M, K, L) words, K from 1 to 65,536. Its dtype may differ from the query's.
+        codes: (N, M) integers below K. uint8 and uint16 are read where they lie; in C++ others are copied to 16 bits.
+        k: number of results a query, at least 1; more than there are codes is allowed.
+        metric: "l2", "l21" or "dot".
+        first_index: the codes are a piece of more, and the first has this index there.
+        impl: "reference", "tiled" or "cpu"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
+
+    Returns:
+        (scores, indices), both (Q, k), best first; float32, or float64 where query or codebook is; int64.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is expected.
+    """
+    checks.check_rows(query, "query")
+    check_codebook(codebook)
+    check_codes(codes, codebook)
+    books, _, width = codebook.shape
+    if query.shape[1] != books * width:
+        raise ValueError(
+            f"query: expected {books} x {width} = {books * width} columns for the codebook's {books} books of "
+            f"{width}-dimensional words, got {query.shape[1]}"
+        )
+    if query.device != codebook.device:
+        raise ValueError(f"query: expected device {codebook.device} like the codebook, got {query.device}")
+    if k is None:
+        raise TypeError("k: expected an integer, got NoneType")
+    checks.check_count(k, "k")
+    check_metric(metric)
+    checks.check_integer(first_index, "first_index", 0)
+    chosen = registry.resolve("pq_topk", query.device.type, query.dtype, impl)
+    wide = torch.promote_types(accumulation_dtype(query.dtype), accumulation_dtype(codebook.dtype))
+    rows, words = query.detach().to(wide), codebook.detach().to(wide)
+    if chosen == "reference":
+        check_code_values(codes, codebook)
+        return reference.forward(rows, words, codes, k, metric=metric, first_index=first_index)
+    scores, indices = _operator(rows, words, codes, k, metric, first_index, chosen)
+    return scores, indices
+
+
+def check_metric(metric: str) -> None:
+    """One of ``METRICS``."""
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+
+
+def check_codebook(codebook: Tensor) -> None:
+    """(M, K, L) floating point, none of them 0 and K at most 65,536."""
+    if not isinstance(codebook, Tensor):
+        raise TypeError(f"codebook: expected a tensor of shape (books, words, width), got {type(codebook).__name__}")
+    if codebook.dtype not in checks.FLOATS:
+        raise TypeError(f"codebook: expected float32, float64, bfloat16 or float16, got {codebook.dtype}")
+    if codebook.dim() != 3 or 0 in codebook.shape or codebook.shape[1] > MOST_WORDS:
+        raise ValueError(
+            f"codebook: expected shape (books, words, width), none of them 0 and at most {MOST_WORDS} words, got "
+            f"{tuple(codebook.shape)}"
+        )
+
+
+def check_codes(codes: Tensor, codebook: Tensor) -> None:
+    """(N, M) integers, on the device of the codebook; ``check_code_values`` looks at them."""
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes: expected an integer tensor of shape (codes, books), got {type(codes).__name__}")
+    if codes.dtype not in _CODE_DTYPES:
+        raise TypeError(f"codes: expected an integer dtype, got {codes.dtype}")
+    if codes.dim() != 2 or codes.shape[1] != codebook.shape[0]:
+        raise ValueError(f"codes: expected shape (codes, {codebook.shape[0]}), got {tuple(codes.shape)}")
+    if codes.device != codebook.device:
+        raise ValueError(f"codes: expected device {codebook.device} like the codebook, got {codes.device}")
+
+
+def check_code_values(codes: Tensor, codebook: Tensor) -> None:
+    """Every code below the number of words; a device other than the CPU is not waited for but asserts."""
+    words = codebook.shape[1]
+    if codes.numel() == 0 or words == {torch.uint8: 1 << 8, torch.uint16: 1 << 16}.get(codes.dtype):
+        return
+    if codes.dtype == torch.uint8 and codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        codes = codes.amax(keepdim=True)  # all that a later search pays, a pass over bytes
+    for piece in codes.split(1 << 16):
+        checks.check_range(piece.int() if piece.dtype == torch.uint16 else piece, words, "codes")
+
+
+def _forward(
+    query: Tensor, codebook: Tensor, codes: Tensor, k: int, metric: str, first_index: int, impl: str
+) -> list[Tensor]:
+    check_code_values(codes, codebook)
+    module = registry.IMPLEMENTATIONS[impl].module("pq_topk")
+    return list(module.forward(query, codebook, codes, k, metric=metric, first_index=first_index))
+
+
+def _forward_fake(query: Tensor, codebook: Tensor, codes: Tensor, k: int, *_: Any) -> list[Tensor]:
+    return [query.new_empty(query.shape[0], k, dtype=dtype) for dtype in (query.dtype, torch.int64)]
+
+
+define(
+    "pq_topk(Tensor query, Tensor codebook, Tensor codes, SymInt k, str metric, SymInt first_index, str impl) "
+    "-> Tensor[]",
+    _forward,
+    _forward_fake,
+)
+loop_under_vmap("pq_topk")
+
+_operator = torch.ops.fastret.pq_topk.default
