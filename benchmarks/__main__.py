@@ -54,6 +54,8 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if done.measurements:
         print(report.table(op, done.records()))
+        if done.figures:
+            print(f"\n{report.figures_text(done.figures)}")
         if not arguments.no_save:
             print(f"\nsaved: {history.HISTORY.name}, {history.RESULTS.name}/{done.save().name}", file=sys.stderr)
     return _print_refusals(done)

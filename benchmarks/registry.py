@@ -14,6 +14,7 @@ from benchmarks import ops
 
 Size = dict[str, int]
 Inputs = dict[str, Tensor]
+Figures = dict[str, float | str]
 
 
 class Result(NamedTuple):
@@ -40,6 +41,10 @@ def _any_size(size: Size) -> str | None:
 
 def _itself(inputs: Inputs, result: Tensor) -> Tensor:
     return result
+
+
+def _none(inputs: Inputs) -> Figures:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Op:
         warm_up: value of the axis that loads code and starts threads before memory is measured.
         judged: of float64 inputs and a result, what is compared with the same of the definition's result; for results
             that may differ and be as good, such as indices.
+        figures: what else there is to know of the inputs or of the results that all variants share, such as recall.
     """
 
     name: str
@@ -111,6 +117,7 @@ class Op:
     floor_name: str
     warm_up: int
     judged: Callable[[Inputs, Tensor], Tensor] = _itself
+    figures: Callable[[Inputs], Figures] = _none
 
     @property
     def passes(self) -> str:

@@ -1,10 +1,10 @@
 """Runs as text: the latest as a table for the README, and the latest against the commit before it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from benchmarks import history
 from benchmarks.history import PEAK, RATIO, TIME, Record
-from benchmarks.registry import Op
+from benchmarks.registry import Figures, Op
 
 
 def number(value: float) -> str:
@@ -105,6 +105,17 @@ def _key(record: Record) -> tuple[str, str, str]:
 
 def _place(record: Record) -> tuple[str, str, int]:
     return record.cpu, record.device, record.threads
+
+
+def figures_text(figures: Mapping[str, Figures]) -> str:
+    """A line a size."""
+    lines = []
+    for size, values in figures.items():
+        shown = (
+            f"{name} {value}" if isinstance(value, str) else f"{name} {value:.3f}" for name, value in values.items()
+        )
+        lines.append(f"{size}: {', '.join(shown)}")
+    return "\n".join(lines)
 
 
 def listing(ops: Iterable[Op], device: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from benchmarks.check import Agreement, Checker
 from benchmarks.history import Record
 from benchmarks.memory import Memory
 from benchmarks.provenance import Provenance
-from benchmarks.registry import Op, Size, Variant
+from benchmarks.registry import Figures, Op, Size, Variant
 from benchmarks.timing import Timing
 
 FLOOR = "floor"
@@ -73,6 +73,7 @@ class Run:
 
     Attributes:
         load: of the machine in the minute before, in busy processors: what else slowed the figures.
+        figures: of the op, by size.
     """
 
     op: str
@@ -82,6 +83,7 @@ class Run:
     options: Options
     measurements: list[Measurement]
     refusals: list[Refusal]
+    figures: dict[str, Figures] = field(default_factory=dict)
 
     def records(self) -> list[Record]:
         """Lines of the history."""
@@ -141,6 +143,8 @@ def _run_size(op: Op, size: Size, options: Options, result: Run) -> None:
             result.refusals.append(Refusal(variant.name, size, reason, wrong=True))
     if not agreements:
         return
+    if figures := op.figures(inputs):
+        result.figures[history.size_text(size)] = figures
     variants = [op.variant(name) for name in agreements]
     calls = {v.name: partial(op.run, v, v.prepare(inputs)) for v in variants}
     timings = timing.measure(

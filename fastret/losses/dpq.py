@@ -61,8 +61,8 @@ class DPQ(ProductQuantizer):
         num_books: M, divides in_features. num_words: K from 1 to 65,536.
         word_dim: L; None: E.
         bias: whether logits have biases.
-        intra_normalize: each part of soft, and each word, is divided by its L2 norm: what the paper does where gallery
-            and training classes differ.
+        intra_normalize: each part of soft, and each word, is divided by its L2 norm, as the paper does for retrieval
+            across data sets.
         impl: "reference", "tiled", "cpu" or "triton"; None: the fastest.
 
     Attributes:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastret.ops import checks
 from fastret.ops.soft_assign import MOST_WORDS, SoftAssign
+from fastret.retrieval.faiss_pq import to_index_pq
 
 ROWS = 1 << 14  # encoded at once: their int64 codes are what exists beside the result
 
@@ -129,6 +130,17 @@ class ProductQuantizer(nn.Module):
         counts = counts.view(books, words)
         shares = counts / counts.sum(1, keepdim=True)
         return CodeUsage(counts, torch.special.entr(shares).sum(1).exp(), (counts == 0).sum(1))
+
+    def to_faiss(self) -> Any:
+        """An empty trained ``faiss.IndexPQ`` (L2) with this codebook; ``retrieval.PQIndex`` keeps codes as well.
+
+        It takes the nearest words of what is added: rows for ``SoftPQ``, for ``DPQ`` ``decode(encode(x))``.
+
+        Raises:
+            ImportError: faiss is not installed.
+            ValueError: the number of words is no power of two.
+        """
+        return to_index_pq(self._words().detach(), None, "l2")
 
     def _check_codes(self, codes: Tensor) -> None:
         if not isinstance(codes, Tensor):

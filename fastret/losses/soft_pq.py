@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastret.losses.product_quantizer import ProductQuantizer
 from fastret.ops import checks
 from fastret.ops.soft_assign import HARD, SoftAssign, check_codebook, soft_assign
+from fastret.retrieval.kmeans import product_kmeans
 
 
 @overload
@@ -108,7 +109,8 @@ class SoftPQ(ProductQuantizer):
 
     Train it with the network, for example ``CQCLoss()(xa, xb, quantizer(xa), quantizer(xb))``; then ``encode`` the
     gallery. A trained codebook of the official code comes in with
-    ``SoftPQ.from_codebook(state["1.C"], num_books=8)``, "1.C" being its name in the official checkpoints.
+    ``SoftPQ.from_codebook(state["1.C"], num_books=8)``, "1.C" being its name in the official checkpoints; ``init_from``
+    starts at k-means instead, of embeddings.
 
     Cost and memory: as ``fastret.functional.soft_pq``.
 
@@ -166,6 +168,25 @@ class SoftPQ(ProductQuantizer):
         with torch.no_grad():
             made.codebook.copy_(codebook)
         return made
+
+    @torch.no_grad()
+    def init_from(self, x: Tensor, *, iterations: int = 25, seed: int = 0, progress: bool = True) -> None:
+        """Words at the centroids of k-means of each sub-space, as plain product quantization has them.
+
+        Args:
+            x: (N, M L) embeddings, N >= K; no more than 256 K rows, drawn at random, are trained on.
+            iterations, seed, progress: as in ``fastret.retrieval.product_kmeans``.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is expected.
+        """
+        checks.check_rows(x, "x")
+        books, words, width = self.codebook.shape
+        if x.shape[1] != books * width:
+            raise ValueError(
+                f"x: expected {books * width} columns for {books} books of width {width}, got {x.shape[1]}"
+            )
+        self.codebook.copy_(product_kmeans(x, books, words, iterations=iterations, seed=seed, progress=progress))
 
     @property
     def tau_q(self) -> float | Tensor:

@@ -9,6 +9,7 @@ from fastret.retrieval.metrics import (
     r_precision,
     recall_at_k,
 )
+from fastret.retrieval.nmi import nmi
 from fastret.retrieval.pq_index import PQIndex
 from fastret.retrieval.ranked import mean_average_precision_at_n
 from fastret.retrieval.search import topk
@@ -21,6 +22,7 @@ __all__ = [
     "map_at_r",
     "mean_average_precision",
     "mean_average_precision_at_n",
+    "nmi",
     "product_kmeans",
     "queries_without_match",
     "r_precision",

@@ -19,7 +19,7 @@ from fastret.training.spq import BITS_A_BOOK, SPQ, WORDS
 
 N = 1000
 COMPONENTS = 64  # of pixels, for the yardstick
-SUM, SQUARED = "l2_sum", "l2"
+SUM, SQUARED = "l21", "l2"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastret.data import ImageSet
-from fastret.retrieval import map_at_r, recall_at_k
-from fastret.retrieval.metrics import recall_and_map_at_r
+from fastret.retrieval.metrics import rank_metrics
 from fastret.training.sources import RetrievalData
 
 BATCH = 1024  # images embedded at once
@@ -71,14 +70,10 @@ def evaluate(model: nn.Module, data: ImageSet, device: str, gallery: ImageSet | 
     embeddings, labels = embed(model, data.images, device), data.labels.to(device)
     searched = len(embeddings) - 1 if gallery is None else len(gallery.images)
     ten = min(10, searched)  # a smaller set has no more to search
-    ks = (1, ten)
-    if gallery is None:
-        recall, precision = recall_and_map_at_r(embeddings, labels, ks=ks)
-    else:
-        rows, row_labels = embed(model, gallery.images, device), gallery.labels.to(device)
-        recall = recall_at_k(embeddings, labels, ks=ks, gallery=rows, gallery_labels=row_labels)
-        precision = map_at_r(embeddings, labels, gallery=rows, gallery_labels=row_labels)
-    return Retrieval(recall[1], recall[ten], precision)
+    rows = None if gallery is None else embed(model, gallery.images, device)
+    row_labels = None if gallery is None else gallery.labels.to(device)
+    found = rank_metrics(embeddings, labels, ("recall", "map-at-r"), (1, ten), rows, row_labels)
+    return Retrieval(found["recall@1"], found[f"recall@{ten}"], found["map-at-r"])
 
 
 def _evaluate(model: nn.Module, loss: nn.Module, data: RetrievalData, device: str) -> Retrieval:

