@@ -9,7 +9,7 @@ the device of x. Under metric "cosine" (spherical k-means) rows and centroids ar
 
 A cluster without rows takes over the row that is farthest from its centroid, several the farthest ones, and the means
 are taken after that: inertia does not rise. Where no row is away from its centroid, for there are fewer distinct rows
-than clusters, a centroid without rows stays where it was.
+than clusters, a centroid without rows stays where it was. Results carry no gradient.
 
 Distances are of one product, |x|^2 + |c|^2 - 2 <x, c>: rows that are far from 0 beside their distances have few digits
 left in float32, and should be centred, or float64.
@@ -87,6 +87,7 @@ def kmeans(
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
     _check(x, k, iterations, tolerance, max_points_per_centroid, metric)
+    x = x.detach()
     start = _checked_init(init, x, k)
     generator = _generator(seed)
     run = _Lloyd(_sampled(x, k, max_points_per_centroid, generator), metric, impl)
@@ -273,6 +274,7 @@ def _checked_init(init: str | Tensor, x: Tensor, k: int) -> str | Tensor:
         if len(init) != k:
             raise ValueError(f"init: expected {k} centroids, got {len(init)}")
         check_finite(init, "init")
-    elif init not in INITS:
+        return init.detach()
+    if init not in INITS:
         raise ValueError(f"init: expected {', '.join(INITS)} or (k, D) centroids, got {init!r}")
     return init

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastret import backend
+from fastret.backends import registry
+from fastret.backends.registry import Call
 from fastret.retrieval import kmeans, product_kmeans
 
 F64 = torch.float64
@@ -25,7 +27,17 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     return (x.double()[:, None] - centroids.double()).square().sum(2)
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled", "cpu"])
+IMPLS = [
+    impl
+    for impl in ("reference", "tiled", "cpu")
+    if all(
+        registry.IMPLEMENTATIONS[impl].unsupported(Call(op, "cpu", torch.float32)) is None
+        for op in ("topk", "segment_mean")
+    )
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_is_lloyds_iteration(impl: str) -> None:
     """Step by step, from given centroids without empty clusters."""
     x, _ = blobs(90, 3, 4, noise=2.0)
@@ -144,7 +156,16 @@ def test_points_per_centroid() -> None:
 def test_a_backend_for_training_does_not_stop_it() -> None:
     x, _ = blobs(50, 3, 4)
     with backend("triton"):
-        assert kmeans(x, 4).inertia == kmeans(x, 4, impl="cpu").inertia
+        assert kmeans(x, 4).inertia == kmeans(x, 4, impl="auto").inertia
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_nothing_carries_a_gradient(metric: str) -> None:
+    x = torch.randn(30, 4, requires_grad=True)
+    for init in ("k-means++", x[:3]):
+        found = kmeans(x, 3, init=init, metric=metric)
+        assert not found.centroids.requires_grad
+    assert not product_kmeans(x, 2, 3).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, F64])
