@@ -6,7 +6,6 @@ be nearest its z of the other (`fastret.CQCLoss`).
 """
 
 from collections.abc import Sequence
-from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ BITS = (16, 32, 64)
 WORDS = 256  # of a book: a byte an index
 BITS_A_BOOK = 8
 TAU_Q = 1.0  # a coordinate of an embedding has unit variance
-WARM_UP = 30  # batches; after them a BatchNorm's running statistics are those of the data to 0.9^30 = 4 %
 
 
 class SPQ(nn.Module):
@@ -44,14 +42,29 @@ class SPQ(nn.Module):
         loss: Tensor = self.contrast(first, second, first_words, second_words)
         return loss
 
+    @torch.no_grad()
     def initialise(self, model: nn.Module, images: Sequence[Tensor]) -> None:
-        """Put the words where the untrained network's embeddings of all ``images`` lie, by k-means.
+        """Put the words where the untrained network's embeddings of all ``images``, in batches, lie, by k-means.
 
-        Its BatchNorms must know the data first: with the statistics that they start with, embeddings would have
-        another length in evaluation than in training.
+        Its BatchNorms are told the statistics of the images first: with those that they start with, embeddings would be
+        of another length in evaluation than in training, and far from all words.
+
+        Raises:
+            ValueError: fewer images than words.
         """
+        count = sum(map(len, images))
+        if count < WORDS:
+            raise ValueError(
+                f"data: expected at least {WORDS} images to train on, as many as words of a book, got {count}"
+            )
         device = str(next(model.parameters()).device)
-        with torch.no_grad():
-            for batch in islice(cycle(images), WARM_UP):
-                model(batch.to(device))
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        momentum = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        for batch in images:
+            model(batch.to(device))
+        for norm, before in zip(norms, momentum, strict=True):
+            norm.momentum = before
         self.quantizer.init_from(torch.cat([embed(model, batch, device) for batch in images]))

@@ -107,7 +107,7 @@ def test_words_start_where_the_untrained_networks_embeddings_lie() -> None:
 @pytest.mark.parametrize("gallery", [False, True])
 def test_codes_are_judged_as_a_loop_judges_them(gallery: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes, "N", 40)
-    data = _glyphs(400, gallery=gallery)
+    data = _glyphs(430, gallery=gallery)
     torch.manual_seed(0)
     model, loss = EmbeddingNet(1, 16), SPQ(16, 16, 0.3)
     loss.initialise(model, data.train.images.split(400))
@@ -131,13 +131,13 @@ def test_codes_are_judged_as_a_loop_judges_them(gallery: bool, monkeypatch: pyte
 
 
 def test_pixels_need_no_network() -> None:
-    data = _glyphs(400)
+    data = _glyphs(430)
     found = pixels(data, 64)
     assert list(found) == ["pixels, plain PQ"]
     assert pixels(data, 16)["pixels, plain PQ"] < found["pixels, plain PQ"]
     rows = torch.nn.functional.normalize(data.queries.images.flatten(1).float())
     exact = _by_loop(rows, rows, rows[None], data, 2, 1000)
-    assert exact - 0.15 < found["pixels, plain PQ"] < exact + 0.05
+    assert exact - 0.2 < found["pixels, plain PQ"] < exact + 0.05
 
 
 @pytest.fixture
