@@ -110,14 +110,14 @@ inline PqTopkPlan pq_topk_plan(int64_t groups, int64_t n, int64_t words, int64_t
 struct AssignPlan {
   int64_t words = 1;                  // of a tile
   int64_t ranges = 1, range_rows = 0;
-  bool by_words = false;              // what is summed over rows: in a second sweep, by whom the words belong to
+  bool by_words = false;              // what is summed over rows: in a second sweep, by those who have the words
   int64_t sum_words = 1;              // of a task of that sweep
   static constexpr int64_t kRows = 64;  // of a block; whole pairs of vectors
 };
 
 // All words in one tile where they stay in L2: backward needs a sum over all of them first. Ranges as few as keep the
-// threads busy: each but the first has sums of its own over its rows, of sum_bytes for all books, which are merged. Where
-// these would take too much memory, threads have words instead of rows, and products are computed up to 9 / 5 as often.
+// threads busy: each but the first has sums of its own over its rows, sum_bytes for all books, which are merged. Where
+// these would take too much memory, threads have words instead of rows: 9 products where there were 5.
 inline AssignPlan assign_plan(int64_t n, int64_t books, int64_t words, int64_t sum_bytes, int64_t item_bytes,
                               int threads) {
   constexpr int64_t kTileBytes = 256 << 10, kSumBytes = 4 << 20;

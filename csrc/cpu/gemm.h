@@ -27,10 +27,13 @@ inline void micro_kernel(int64_t depth, const T* a, int64_t row_step, int64_t de
                          T* c, int64_t c_stride, int64_t cols, bool add) {
   constexpr int V = lanes<T>;
   Vec<T> result[R][W];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
     for (int w = 0; w < W; ++w) result[r][w] = Vec<T>{};
   for (int64_t p = 0; p < depth; ++p, b += b_step) {
     Vec<T> right[W];
+#pragma GCC unroll 2
     for (int w = 0; w < W; ++w) right[w] = load<T>(b + w * V);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -39,15 +42,22 @@ inline void micro_kernel(int64_t depth, const T* a, int64_t row_step, int64_t de
       for (int w = 0; w < W; ++w) result[r][w] += s * right[w];
     }
   }
-  for (int r = 0; r < R; ++r, c += c_stride) {
-    if (cols == W * V) {
-      for (int w = 0; w < W; ++w) store<T>(c + w * V, add ? result[r][w] + load<T>(c + w * V) : result[r][w]);
-      continue;
-    }
-    for (int64_t j = 0; j < cols; ++j) {
-      const T value = W == 1 || j < V ? result[r][0][j] : result[r][W - 1][j - V];
-      c[j] = add ? c[j] + value : value;
-    }
+  if (cols == W * V) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        T* out = c + r * c_stride + w * V;
+        store<T>(out, add ? result[r][w] + load<T>(out) : result[r][w]);
+      }
+    return;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, c += c_stride) {  // by way of memory: indexed, the result would not stay in registers
+    T row[W * V];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) store<T>(row + w * V, result[r][w]);
+    for (int64_t j = 0; j < cols; ++j) c[j] = add ? c[j] + row[j] : row[j];
   }
 }
 
@@ -68,16 +78,17 @@ void multiply(int64_t rows, int64_t depth, const T* a, int64_t row_step, int64_t
               T* c, int64_t c_stride, int64_t cols, bool add) {
   constexpr int64_t V = lanes<T>;
   const int64_t groups = (rows + kRows - 1) / kRows;
-  for (int64_t j = 0; j < cols; j += 2 * V) {
-    const int64_t width = std::min(2 * V, cols - j);
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = rows * g / groups, count = rows * (g + 1) / groups - begin;
-      const T* left = a + begin * row_step;
-      T* out = c + begin * c_stride + j;
-      if (width > V) micro_rows<T, 2>(count, depth, left, row_step, depth_step, b + j, b_step, out, c_stride, width, add);
-      else micro_rows<T, 1>(count, depth, left, row_step, depth_step, b + j, b_step, out, c_stride, width, add);
-    }
-  }
+  for (int64_t p = 0; p < depth; p += kDepth)  // sums of sums lose fewer digits
+    for (int64_t j = 0; j < cols; j += 2 * V)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t begin = rows * g / groups, count = rows * (g + 1) / groups - begin;
+        const int64_t steps = std::min(kDepth, depth - p), width = std::min(2 * V, cols - j);
+        const T *left = a + begin * row_step + p * depth_step, *right = b + p * b_step + j;
+        T* out = c + begin * c_stride + j;
+        const bool more = add || p > 0;
+        const auto kernel = width > V ? micro_rows<T, 2> : micro_rows<T, 1>;
+        kernel(count, steps, left, row_step, depth_step, right, b_step, out, c_stride, width, more);
+      }
 }
 
 // Panels of 2 * lanes columns of op(B) (depth x cols), each stored depth-major; missing columns are zero.
@@ -114,8 +125,9 @@ void own_gemm(Op op_a, Op op_b, int64_t m, int64_t n, int64_t k, const T* a, int
       pack_panels(op_b, op_b == Op::none ? b + p * b_stride + j : b + j * b_stride + p, b_stride, depth, cols, workspace);
       for (int64_t i = 0; i < m; i += kRows)
         for (int64_t q = 0; q < cols; q += W)
-          micro_rows<T, 2>(m - i, depth, a + i * row_step + p * depth_step, row_step, depth_step, workspace + q * depth, W,
-                           c + i * c_stride + j + q, c_stride, std::min(W, cols - q), add || p > 0);
+          micro_rows<T, 2>(m - i, depth, a + i * row_step + p * depth_step, row_step, depth_step,
+                           workspace + q * depth, W, c + i * c_stride + j + q, c_stride, std::min(W, cols - q),
+                           add || p > 0);
     }
 }
 

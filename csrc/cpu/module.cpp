@@ -101,6 +101,7 @@ SampledDotProblem sampled_problem(const ArrayTuple& x, const ArrayTuple& bank, c
 
 // x, keys, bias, logits, codebook, books
 using AssignTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray, ArrayTuple, int64_t>;
+using FourArrays = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>;
 
 SoftAssignProblem assign_problem(const AssignTuple& t, int threads) {
   const auto& [x, keys, bias, logits, codebook, books] = t;
@@ -258,9 +259,8 @@ PYBIND11_MODULE(_C, m) {
           soft_assign_forward(p, r);
         });
   m.def("soft_assign_backward",
-        [](const AssignTuple& problem, int threads, const std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>& in,
-           const MaybeArray& lse, const ArrayTuple& codes, bool straight_through,
-           const std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>& out) {
+        [](const AssignTuple& problem, int threads, const FourArrays& in, const MaybeArray& lse,
+           const ArrayTuple& codes, bool straight_through, const FourArrays& out) {
           const SoftAssignProblem p = assign_problem(problem, threads);
           const auto& [soft, hard, usage, purity] = in;
           const auto& [rows, keys, bias, codebook] = out;

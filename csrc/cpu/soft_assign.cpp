@@ -13,49 +13,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <type_traits>
 
+#include "assign_tiles.h"
 #include "gemm.h"
-#include "pack.h"
-#include "pair_rows.h"
 #include "tiles.h"
 
 FASTRET_ISA_BEGIN
-
-constexpr int64_t kRowBlock = AssignPlan::kRows;
-constexpr int kGroup = FASTRET_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of rows whose statistics registers hold
-
-template <class T> using Word = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-
-// visit(how many vectors, first row): `width` rows, whole vectors, in groups.
-template <class T, class Visit> void in_groups(int64_t width, Visit visit) {
-  int64_t j = 0;
-  for (; j + kGroup * lanes<T> <= width; j += kGroup * lanes<T>) visit(std::integral_constant<int, kGroup>(), j);
-  for (; j < width; j += lanes<T>) visit(std::integral_constant<int, 1>(), j);
-}
-
-// out[k] += sum over rows of tile[k][row] * weights[row]
-template <class T> void add_row_sums(const T* tile, int64_t words, int64_t width, const T* weights, T* out) {
-  constexpr int64_t V = lanes<T>;
-  alignas(64) T parts[V * V], turned[V * V];
-  for (int64_t at = 0; at < words; at += V) {
-    const int64_t count = std::min(V, words - at);
-    for (int64_t k = 0; k < count; ++k) {
-      Vec<T> part{};
-      for (int64_t j = 0; j < width; j += V) part += load<T>(tile + (at + k) * kRowBlock + j) * load<T>(weights + j);
-      store<T>(parts + k * V, part);
-    }
-    if (count < V) {
-      for (int64_t k = 0; k < count; ++k) out[at + k] += sum<T>(load<T>(parts + k * V));
-      continue;
-    }
-    transpose_block<T, false>(parts, V, turned, V);
-    Vec<T> total = load<T>(out + at);
-    for (int64_t r = 0; r < V; ++r) total += load<T>(turned + r * V);
-    store<T>(out + at, total);
-  }
-}
 
 template <class T> class SoftAssign {
  public:
@@ -63,13 +26,13 @@ template <class T> class SoftAssign {
       : w_(w), p_(w.problem), n_(p_.rows().rows), books_(p_.books), words_(p_.words()),
         e_(p_.keys.data ? p_.keys.cols : 0), l_(p_.codebook.cols) {}
 
-  int64_t thread_bytes() const { return Space(*this, nullptr).bytes; }
+  int64_t thread_bytes() const { return Space(w_, nullptr).bytes; }
 
   void forward(const SoftAssignResult& r) const {
     const bool count = r.usage.data;
 #pragma omp parallel num_threads(p_.threads)
     {
-      const Space s(*this, w_.threads + thread_number() * w_.thread_bytes);
+      const Space s(w_, w_.threads + thread_number() * w_.thread_bytes);
       for_ranges([&](const Range& range) {
         T* usage = count && !w_.plan.by_words ? place(r.usage, 0, range) : nullptr;
         if (usage) std::fill(usage, usage + words_, T(0));
@@ -92,7 +55,7 @@ template <class T> class SoftAssign {
     const bool scores = g.rows.data || g.keys.data;
 #pragma omp parallel num_threads(p_.threads)
     {
-      const Space s(*this, w_.threads + thread_number() * w_.thread_bytes);
+      const Space s(w_, w_.threads + thread_number() * w_.thread_bytes);
       if (!w_.plan.by_words) {
         for_ranges([&](const Range& range) { gradients(range, {0, words_, scores, scores, true}, u, g, s); });
       } else {
@@ -108,46 +71,18 @@ template <class T> class SoftAssign {
   }
 
  private:
-  static constexpr int64_t kStrip = 32;  // words of logits that are turned at a time
+  using Block = AssignBlock;
+  using Space = AssignSpace<T>;
 
   // Rows [row, end) of a book, by number `index` of its ranges.
   struct Range {
     int64_t book, row, end, index;
-  };
-  // `count` rows; in whole vectors `width`.
-  struct Block {
-    int64_t book, row, count, width;
   };
   // What is done of a range: words [begin, end); whether the sums over all words of p p' are made, or taken from
   // w_.dots; whether gradients of rows, and sums over rows, are wanted.
   struct Part {
     int64_t begin, end;
     bool dots, rows, sums;
-  };
-
-  // A thread's own memory, of which `bytes` are needed. Rows of features come one after another, and turned.
-  struct Space {
-    T *x, *x_turned, *g, *g_turned, *hard, *out, *strip;
-    T *tile, *slopes;                                           // scores, then p; p', then b
-    T *top, *shift, *sum, *squares, *lse, *dot, *found, *purity, *valid;  // of each row
-    Word<T>* code;
-    int64_t bytes = 0;
-
-    Space(const SoftAssign& a, char* base) {
-      const int64_t rows = kRowBlock, x_width = padded<T>(a.e_), g_width = padded<T>(a.l_);
-      const int64_t tile_size = (a.w_.plan.words + lanes<T>) * rows;
-      auto take = [&](auto*& to, int64_t elements) {
-        to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(base + bytes);
-        bytes += (elements * int64_t(sizeof *to) + 63) / 64 * 64;
-      };
-      for (T** t : {&x, &x_turned}) take(*t, rows * x_width);
-      for (T** t : {&g, &g_turned, &hard}) take(*t, rows * g_width);
-      take(out, rows * std::max(x_width, g_width));
-      take(strip, a.p_.keys.data ? 0 : rows * kStrip);
-      for (T** t : {&tile, &slopes}) take(*t, tile_size);
-      for (T** t : {&top, &shift, &sum, &squares, &lse, &dot, &found, &purity, &valid}) take(*t, rows);
-      take(code, rows);
-    }
   };
 
   template <class Visit> void for_ranges(Visit visit) const {
@@ -196,38 +131,10 @@ template <class T> class SoftAssign {
       }
   }
 
-  // Columns [col, col + cols) of the block's rows, widened; zeros up to whole vectors of columns and of rows.
-  static void load_rows(const Array& from, int64_t col, int64_t cols, const Block& b, T* rows) {
-    const int64_t stride = padded<T>(cols);
-    with_type<T>(from, [&](auto* data) {
-      for (int64_t r = 0; r < b.count; ++r) {
-        const auto* row = data + (b.row + r) * from.stride + col;
-        T* to = rows + r * stride;
-        for (int64_t c = 0; c < cols; ++c) to[c] = widen(row[c]);
-        std::fill(to + cols, to + stride, T(0));
-      }
-    });
-    std::fill(rows + b.count * stride, rows + b.width * stride, T(0));
-  }
-
-  static void store_rows(const T* rows, const Array& to, int64_t col, int64_t cols, const Block& b) {
-    with_type<T>(to, [&](auto* data) {
-      for (int64_t r = 0; r < b.count; ++r)
-        for (int64_t c = 0; c < cols; ++c)
-          narrow(rows[r * padded<T>(cols) + c], data[(b.row + r) * to.stride + col + c]);
-    });
-  }
-
   void load_x(const Block& b, const Space& s) const {
     if (!p_.keys.data) return;
     load_rows(p_.x, b.book * e_, e_, b, s.x);
     transpose<false>(s.x, padded<T>(e_), b.width, padded<T>(e_), s.x_turned, kRowBlock);
-  }
-
-  // Of each row a number, and `other` for the rows that fill up the last vector.
-  static void load_column(const Array& from, const Block& b, T other, T* to) {
-    for (int64_t r = 0; r < b.width; ++r)
-      to[r] = r < b.count ? from.as<T>()[(b.row + r) * from.stride + b.book] : other;
   }
 
   // The scores of words [begin, end), but for their biases.
@@ -243,10 +150,11 @@ template <class T> class SoftAssign {
     });
   }
 
-  // visit(k, bias of that word) for the words of a tile that begins with word `begin`
-  template <class Visit> void for_biases(const Block& b, int64_t begin, int64_t end, Visit visit) const {
+  // visit(k, bias of that word) for words [from, to) of a tile that begins with word `begin`
+  template <class Visit>
+  void for_biases(const Block& b, int64_t begin, int64_t from, int64_t to, Visit visit) const {
     const T* bias = p_.bias.data ? p_.bias.as<T>() + b.book * words_ + begin : nullptr;
-    for (int64_t k = 0; k < end - begin; ++k) visit(k, splat(bias ? bias[k] : T(0)));
+    for (int64_t k = from; k < to; ++k) visit(k, splat(bias ? bias[k] : T(0)));
   }
 
   void assign(const Block& b, const SoftAssignResult& r, T* usage, const Space& s) const {
@@ -285,12 +193,6 @@ template <class T> class SoftAssign {
     if (usage && words_ > w_.plan.words) count_usage(b, 0, words_, r.lse, usage, s);
   }
 
-  static void scale(T* tile, int64_t count, int64_t width, const T* factors) {
-    for (int64_t k = 0; k < count; ++k)
-      for (int64_t j = 0; j < width; j += lanes<T>)
-        store<T>(tile + k * kRowBlock + j, load<T>(tile + k * kRowBlock + j) * load<T>(factors + j));
-  }
-
   // Greatest score and its word so far, the lowest of equals; a NaN is none. The tile gets its biases.
   void find_best(const Block& b, int64_t begin, int64_t end, const Space& s) const {
     in_groups<T>(b.width, [&](auto group, int64_t j) {
@@ -299,7 +201,7 @@ template <class T> class SoftAssign {
       Bits<T> code[G];
       for (int g = 0; g < G; ++g) top[g] = load<T>(s.top + j + g * lanes<T>);
       std::memcpy(code, s.code + j, sizeof code);
-      for_biases(b, begin, end, [&](int64_t k, Vec<T> bias) {
+      for_biases(b, begin, 0, end - begin, [&](int64_t k, Vec<T> bias) {
         const Bits<T> word = Bits<T>{} + Word<T>(begin + k);
         for (int g = 0; g < G; ++g) {
           const Vec<T> v = load<T>(s.tile + k * kRowBlock + j + g * lanes<T>) + bias;
@@ -327,27 +229,24 @@ template <class T> class SoftAssign {
   }
 
   void exponentials(const Block& b, int64_t begin, int64_t end, const Space& s) const {
-    in_groups<T>(b.width, [&](auto group, int64_t j) {
+    in_runs<T>(end - begin, b.width, [&](int64_t from, int64_t to, auto group, int64_t j) {
       constexpr int G = decltype(group)::value;
       Vec<T> shift[G], total[G], squares[G];
       for (int g = 0; g < G; ++g) {
         shift[g] = load<T>(s.shift + j + g * lanes<T>);
-        total[g] = load<T>(s.sum + j + g * lanes<T>);
-        squares[g] = load<T>(s.squares + j + g * lanes<T>);
+        total[g] = squares[g] = Vec<T>{};
       }
-      for_biases(b, begin, end, [&](int64_t k, Vec<T> bias) {
+      for_biases(b, begin, from, to, [&](int64_t k, Vec<T> bias) {
         T* row = s.tile + k * kRowBlock + j;
         for (int g = 0; g < G; ++g) {
-          const Vec<T> e = exp_or_zero<T>((load<T>(row + g * lanes<T>) + bias) - shift[g]);
+          const Vec<T> e = share<T>((load<T>(row + g * lanes<T>) + bias) - shift[g]);
           store<T>(row + g * lanes<T>, e);
           total[g] += e;
           squares[g] += e * e;
         }
       });
-      for (int g = 0; g < G; ++g) {
-        store<T>(s.sum + j + g * lanes<T>, total[g]);
-        store<T>(s.squares + j + g * lanes<T>, squares[g]);
-      }
+      add_groups<T>(total, s.sum + j);
+      add_groups<T>(squares, s.squares + j);
     });
   }
 
@@ -367,10 +266,10 @@ template <class T> class SoftAssign {
   }
 
   void probabilities(const Block& b, int64_t begin, int64_t end, const Space& s) const {
-    for_biases(b, begin, end, [&](int64_t k, Vec<T> bias) {
+    for_biases(b, begin, 0, end - begin, [&](int64_t k, Vec<T> bias) {
       T* row = s.tile + k * kRowBlock;
       for (int64_t j = 0; j < b.width; j += lanes<T>)
-        store<T>(row + j, exp_or_zero<T>((load<T>(row + j) + bias) - load<T>(s.lse + j)));
+        store<T>(row + j, share<T>((load<T>(row + j) + bias) - load<T>(s.lse + j)));
     });
   }
 
@@ -458,26 +357,26 @@ template <class T> class SoftAssign {
                s.slopes, kRowBlock, b.width, false);
     else std::fill(s.slopes, s.slopes + (end - begin) * kRowBlock, T(0));
     const T* usage = u.usage.data ? u.usage.as<T>() + b.book * words_ + begin : nullptr;
-    in_groups<T>(b.width, [&](auto group, int64_t j) {
+    in_runs<T>(end - begin, b.width, [&](int64_t from, int64_t to, auto group, int64_t j) {
       constexpr int G = decltype(group)::value;
       Vec<T> lse[G], purity[G], total[G];
       for (int g = 0; g < G; ++g) {
         lse[g] = load<T>(s.lse + j + g * lanes<T>);
         purity[g] = T(2) * load<T>(s.purity + j + g * lanes<T>);
-        total[g] = load<T>(s.found + j + g * lanes<T>);
+        total[g] = Vec<T>{};
       }
-      for_biases(b, begin, end, [&](int64_t k, Vec<T> bias) {
+      for_biases(b, begin, from, to, [&](int64_t k, Vec<T> bias) {
         T *row = s.tile + k * kRowBlock + j, *slope = s.slopes + k * kRowBlock + j;
         const Vec<T> used = splat(usage ? usage[k] / T(n_) : T(0));
         for (int g = 0; g < G; ++g) {
-          const Vec<T> p = exp_or_zero<T>((load<T>(row + g * lanes<T>) + bias) - lse[g]);
+          const Vec<T> p = share<T>((load<T>(row + g * lanes<T>) + bias) - lse[g]);
           const Vec<T> d = load<T>(slope + g * lanes<T>) + used + purity[g] * p;
           store<T>(row + g * lanes<T>, p);
           store<T>(slope + g * lanes<T>, d);
           total[g] += p * d;
         }
       });
-      for (int g = 0; g < G; ++g) store<T>(s.found + j + g * lanes<T>, total[g]);
+      add_groups<T>(total, s.found + j);
     });
   }
 

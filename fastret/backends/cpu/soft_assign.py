@@ -53,8 +53,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dkeys, dbias, dlogits, dcodebook)."""
     given = _readable(x, keys, bias, logits, codebook)
-    per_row = (grad_soft, grad_hard, grad_purity, lse)
-    g_soft, g_hard, g_purity, lse = (None if t is None else rows_of(t) for t in per_row)
+    g_soft, g_hard, g_purity, lse = (
+        None if t is None else rows_of(t) for t in (grad_soft, grad_hard, grad_purity, lse)
+    )
     codes, g_usage = rows_of(codes), None if grad_usage is None else grad_usage.contiguous()
     wanted = (need_scores,) * 4 + (need_codebook,)
     dx, dkeys, dbias, dlogits, dcodebook = (
