@@ -121,6 +121,18 @@ def random_light(images: Tensor, amount: float, *, generator: torch.Generator) -
     return torch.where(images > 0, (images * factor + change).clamp(0, WHITE), 0)
 
 
+def random_gamma(images: Tensor, amount: float, *, generator: torch.Generator) -> Tensor:
+    """Each image with its brightness, as a share of white, to a power: from almost a silhouette to highlights alone.
+
+    Args:
+        images: (n, c, h, w) float32 from 0 to 255.
+        amount: largest logarithm of the power, drawn uniformly from -amount ... amount.
+        generator: draws the powers.
+    """
+    power = ((2 * torch.rand(len(images), 1, 1, 1, generator=generator) - 1) * amount).exp()
+    return (images / WHITE).clamp(0, 1).pow(power) * WHITE
+
+
 def random_erase(images: Tensor, side: float, *, generator: torch.Generator) -> Tensor:
     """Each second image, on average, with a rectangle of it black.
 
@@ -154,6 +166,7 @@ class Views:
     shear: float = 0.0
     crop: float = 1.0
     flip: float = 0.0
+    gamma: float = 0.0
     light: float = 0.0
     erase: float = 0.0
     stroke: bool = False
@@ -171,6 +184,8 @@ class Views:
         )
         if self.stroke:
             views = random_stroke(views, generator=generator)
+        if self.gamma:
+            views = random_gamma(views, self.gamma, generator=generator)
         if self.light:
             views = random_light(views, self.light, generator=generator)
         if self.erase:
@@ -180,4 +195,4 @@ class Views:
 
 # A mirrored character is another one, or none.
 GLYPHS = Views(shift=3 / 32, degrees=15, scale=0.25, shear=0.25, stroke=True)
-PHOTOS = Views(degrees=10, crop=0.35, flip=0.5, light=0.4, erase=0.6)
+PHOTOS = Views(degrees=10, crop=0.8, flip=0.5, gamma=1.0, light=0.8)

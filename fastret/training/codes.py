@@ -61,6 +61,13 @@ def pixels(data: RetrievalData, bits: int | None) -> dict[str, float]:
 
 
 def _plain(gallery: Tensor, books: int) -> Tensor:
+    """The codebook of k-means.
+
+    Raises:
+        ValueError: fewer rows than words.
+    """
+    if len(gallery) < WORDS:
+        raise ValueError(f"data: expected at least {WORDS} images to search, one a word of a book, got {len(gallery)}")
     return product_kmeans(gallery, books, WORDS)
 
 

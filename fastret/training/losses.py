@@ -193,10 +193,10 @@ LOSSES: dict[str, TrainingLoss] = {
     "spq": TrainingLoss(
         _spq,
         Recipe(
-            iterations=1500,
+            iterations=1000,
             batch_classes=256,
             samples_per_class=2,
-            temperature=0.2,
+            temperature=0.3,
             filters=16,
             lr=4e-3,
             proxy_lr=1e-3,

@@ -55,7 +55,7 @@ class SPQ(nn.Module):
         count = sum(map(len, images))
         if count < WORDS:
             raise ValueError(
-                f"data: expected at least {WORDS} images to train on, as many as words of a book, got {count}"
+                f"data: expected at least {WORDS} images to train on, one a word of a book, got {count}"
             )
         device = str(next(model.parameters()).device)
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

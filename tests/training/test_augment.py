@@ -12,6 +12,7 @@ from fastret.training.augment import (
     Views,
     random_affine,
     random_erase,
+    random_gamma,
     random_light,
     random_stroke,
 )
@@ -142,6 +143,19 @@ def test_light_keeps_the_ground_black_and_the_range() -> None:
     assert 1.4 < contrast.max() < 1.50
     change = lit.mean((1, 2, 3)) - gray.mean((1, 2, 3))
     assert 22 < change.abs().max() <= 0.4 * 64 + 0.1
+
+
+def test_gamma_is_a_power_of_the_brightness() -> None:
+    images = torch.linspace(0, 255, 64).reshape(1, 1, 8, 8).expand(500, 1, 8, 8)
+    changed = random_gamma(images, 1.0, generator=_generator())
+    assert torch.equal(changed[:, 0, 0, 0], torch.zeros(500))
+    torch.testing.assert_close(changed[:, 0, 7, 7], torch.full((500,), 255.0))
+    share, found = images[:, 0, 4, 0] / 255, changed[:, 0, 4, 0] / 255
+    power = found.log() / share.log()
+    torch.testing.assert_close(changed / 255, (images / 255).pow(power[:, None, None, None]), atol=1e-4, rtol=0)
+    assert 0.36 < power.min() < 0.4
+    assert 2.6 < power.max() < 2.72
+    assert power.log().mean().abs() < 0.1
 
 
 def test_erases_a_rectangle_of_every_second_image() -> None:
