@@ -54,6 +54,7 @@ from fastret.ops.library import define, refuse
 
 HARD = ("detached", "straight-through")
 MOST_WORDS = 1 << 16
+WIDE = 128  # features of a key or a word; not every implementation takes more
 
 
 class SoftAssign(NamedTuple):
@@ -99,17 +100,21 @@ def soft_assign(
         soft: whether soft is wanted.
         hard: None: it is not wanted; "detached"; "straight-through".
         usage, purity: whether these are wanted.
-        impl: "reference", "tiled" or "cpu"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
+        impl: "reference", "tiled", "cpu" or "triton" (keys and words of a width of at most 128); None:
+            ``fastret.backend``, FASTRET_IMPL, else the fastest.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
+        NotImplementedError: keys or words are too wide for the implementation that is asked for.
     """
     if hard is not None and hard not in HARD:
         raise ValueError(f"hard: expected None or one of {', '.join(HARD)}, got {hard!r}")
     check_codebook(codebook)
     x, logits = _checked_rows(x, codebook, tau, keys, bias, logits)
     rows = _rows(x, logits)
-    chosen = registry.resolve("soft_assign", rows.device.type, rows.dtype, impl)
+    wide_parts = max(codebook.shape[2], 0 if keys is None else keys.shape[2]) > WIDE
+    options = ("wide parts",) if wide_parts else ()
+    chosen = registry.resolve("soft_assign", rows.device.type, rows.dtype, impl, options)
     wide = accumulation_dtype(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         if chosen == "reference":

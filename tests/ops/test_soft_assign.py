@@ -144,7 +144,8 @@ def test_gradcheck_opcheck_and_refusal(impl: str, source: str) -> None:
         result = soft_assign(**(arguments | dict(zip(names, tensors, strict=True))), usage=True, purity=True, impl=impl)
         return result.soft, result.usage, result.purity
 
-    assert torch.autograd.gradcheck(outputs, leaves(arguments))
+    # interpreted kernels take too long to be differentiated element by element
+    assert torch.autograd.gradcheck(outputs, leaves(arguments), fast_mode=impl == "triton")
     (gradient, *_) = torch.autograd.grad(outputs(*leaves(arguments))[0].sum(), leaves(arguments), create_graph=True)
     with pytest.raises(NotImplementedError, match="second differentiation; impl='reference' does"):
         gradient.sum().backward()
