@@ -17,10 +17,10 @@ Gradients, with p' the derivative of what follows with respect to p and G that w
     b = p (p' - sum over k of p p')        p'_nmk = <G_nm, c_mk> + usage'_mk / N + 2 purity'_nm p_nmk
     du = b                                 dc_mk = sum over n of p_nmk G_nm
 
-A distance is a score with keys: |x|^2 is the same for all words, and so is <x, r> for any r. With r the mean word of
-the book, u = 2 tau <x, c - r> - tau (|c - r|^2 + 2 <r, c - r>) up to a constant of the row, which loses fewer digits
-than |c|^2 where words lie close to each other and far from the origin. So kernels know keys only, and the gradients of
-tau and of the codebook as keys are PyTorch's, of tensors of the size of the codebook.
+A distance is a score with keys: with r the mean word of the book, u = 2 tau <x - r, c - r> - tau |c - r|^2 up to a
+constant of the row, which loses fewer digits than <x, c> and |c|^2 where words lie far from the origin (rows of half
+precision stay as they are, and the product with r is in the bias). So kernels know keys only, and the gradients of tau
+and of the codebook as keys are PyTorch's, of tensors of the size of the codebook.
 
 ``hard``: "detached": its gradient goes to the words that were taken; "straight-through": also to the scores, as if it
 were soft's (Bengio et al., 2013).
@@ -124,8 +124,8 @@ def soft_assign(
         else:
             codebook = codebook.to(wide)
             keys, bias = (None if t is None else t.to(wide) for t in (keys, bias))
-            if tau is not None:
-                keys, bias = _keys(codebook, tau)
+            if x is not None and tau is not None:
+                x, keys, bias = _keys(x, codebook, tau)
             codes, values, words, used, squares, _ = _SoftAssign.apply(
                 x, keys, bias, logits, codebook, soft, hard or "", usage, purity, chosen
             )
@@ -212,13 +212,16 @@ def _check_like(t: Tensor, name: str, shape: tuple[int | None, ...], codebook: T
         raise ValueError(f"{name}: expected device {codebook.device} like the codebook, got {t.device}")
 
 
-def _keys(codebook: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and biases whose scores are -tau |x - c|^2 up to a constant of the row; differentiable."""
+def _keys(x: Tensor, codebook: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, keys and biases whose scores are -tau |x - c|^2 up to a constant of the row; differentiable."""
     if isinstance(tau, Tensor):
         tau = tau.to(codebook)
     middle = codebook.detach().mean(1, keepdim=True)
     away = codebook - middle
-    return 2 * tau * away, -tau * (away.square() + 2 * middle * away).sum(2)
+    if x.dtype == codebook.dtype:
+        return x - middle.flatten(), 2 * tau * away, -tau * away.square().sum(2)
+    # rows of half precision would be rounded once more, or widened
+    return x, 2 * tau * away, -tau * (away.square() + 2 * middle * away).sum(2)
 
 
 def _forward(

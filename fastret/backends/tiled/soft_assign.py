@@ -34,7 +34,7 @@ def forward(
         if lse is None:
             continue
         lse[block] = scores.logsumexp(2).T
-        p = (scores - lse[block].T[:, :, None]).exp()
+        p = scores.softmax(2)
         if values is not None:
             values[block] = torch.bmm(p, codebook).transpose(0, 1).flatten(1).to(values.dtype)
         if used is not None:
@@ -75,7 +75,8 @@ def backward(
             d_codebook.baddbmm_(chosen.transpose(1, 2), g_hard)
         if lse is None:
             continue
-        p = (_scores(block, x, keys, bias, logits, codebook) - lse[block].T[:, :, None]).exp()
+        # not exp(score - lse): where scores are large, a rounded lse makes sums that are not 1, and b no longer balances
+        p = _scores(block, x, keys, bias, logits, codebook).softmax(2)
         if d_codebook is not None and g_soft is not None:
             d_codebook.baddbmm_(p.transpose(1, 2), g_soft)
         if d_rows is None:
