@@ -29,7 +29,17 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=512"]
 
 # Compiled once per instruction set; everything else under csrc/cpu and csrc/common is compiled once.
-PER_ISA = ("rank_sums.cpp", "masked_lse.cpp", "masked_lse_sweep.cpp", "pair_dot.cpp", "topk.cpp", "pq_topk.cpp")
+PER_ISA = (
+    "masked_lse.cpp",
+    "masked_lse_sweep.cpp",
+    "pair_dot.cpp",
+    "pq_topk.cpp",
+    "rank_sums.cpp",
+    "sampled_dot.cpp",
+    "segment_mean.cpp",
+    "soft_assign.cpp",
+    "topk.cpp",
+)
 
 
 def escape(path: object) -> str:

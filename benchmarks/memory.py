@@ -30,10 +30,12 @@ class Memory:
     Attributes:
         extra: beyond the inputs and the gradients, or the result of an op without any, that are returned.
         raw: beyond the inputs.
+        total: of the whole process, Python and PyTorch included.
     """
 
     extra: float
     raw: float
+    total: float
 
 
 def unsupported(device: str) -> str | None:
@@ -67,8 +69,9 @@ def measure_here(op: Op, variant: Variant, size: Size, *, device: str, seed: int
     gc.collect()
     before = _start(device)
     result = op.run(variant, inputs)
-    peak = _peak(device) - before
-    return Memory(extra=(peak - _returned_bytes(result)) / MIB, raw=peak / MIB)
+    total = _peak(device)
+    peak = total - before
+    return Memory(extra=(peak - _returned_bytes(result)) / MIB, raw=peak / MIB, total=total / MIB)
 
 
 def _start(device: str) -> int:

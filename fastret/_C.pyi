@@ -22,6 +22,8 @@ TargetTuple = tuple[
 ]
 HeadTuple = tuple[float, bool, MaskTuple, TargetTuple, ArrayTuple | None, ArrayTuple | None, int]
 ParameterTuple = tuple[ArrayTuple | None, ArrayTuple | None, ArrayTuple | None]
+AssignTuple = tuple[ArrayTuple | None, ArrayTuple | None, ArrayTuple | None, ArrayTuple | None, ArrayTuple, int]
+FourArrays = tuple[ArrayTuple | None, ArrayTuple | None, ArrayTuple | None, ArrayTuple | None]
 
 def rank_sums_forward(
     x: ArrayTuple,
@@ -128,6 +130,24 @@ def pair_dot_backward(
     dy: ArrayTuple | None,
     /,
 ) -> None: ...
+def segment_mean_forward(
+    x: ArrayTuple,
+    index: ArrayTuple,
+    mean: bool,
+    threads: int,
+    result: ArrayTuple,
+    counts: ArrayTuple,
+    /,
+) -> None: ...
+def segment_mean_backward(
+    grad: ArrayTuple,
+    index: ArrayTuple,
+    counts: ArrayTuple,
+    mean: bool,
+    threads: int,
+    dx: ArrayTuple,
+    /,
+) -> None: ...
 def topk(
     x: ArrayTuple,
     y: ArrayTuple,
@@ -155,6 +175,56 @@ def pq_topk(
     /,
 ) -> None: ...
 def pq_topk_plan(groups: int, n: int, words: int, k: int, threads: int, /) -> tuple[int, int, int]: ...
+def sampled_dot_forward(
+    x: ArrayTuple,
+    bank: ArrayTuple,
+    first: ArrayTuple | None,
+    index: ArrayTuple | None,
+    seed: int,
+    count: int,
+    threads: int,
+    scores: ArrayTuple,
+    /,
+) -> None: ...
+def sampled_dot_backward(
+    x: ArrayTuple,
+    bank: ArrayTuple,
+    first: ArrayTuple | None,
+    index: ArrayTuple | None,
+    seed: int,
+    count: int,
+    threads: int,
+    grad: ArrayTuple,
+    dx: ArrayTuple | None,
+    d_bank: ArrayTuple | None,
+    /,
+) -> None: ...
+def patchmix(
+    x: ArrayTuple, groups: ArrayTuple, sizes: tuple[int, int, int, int, int], threads: int, out: ArrayTuple, /
+) -> None: ...
+def soft_assign_forward(
+    problem: AssignTuple,
+    threads: int,
+    codes: ArrayTuple,
+    lse: ArrayTuple | None,
+    soft: ArrayTuple | None,
+    usage: ArrayTuple | None,
+    purity: ArrayTuple | None,
+    /,
+) -> None: ...
+def soft_assign_backward(
+    problem: AssignTuple,
+    threads: int,
+    upstream: FourArrays,
+    lse: ArrayTuple | None,
+    codes: ArrayTuple,
+    straight_through: bool,
+    gradients: FourArrays,
+    /,
+) -> None: ...
+def assign_plan(
+    n: int, books: int, words: int, sum_bytes: int, item_bytes: int, threads: int, /
+) -> tuple[int, int, int, bool, int]: ...
 def sweep_plan(n: int, m: int, d: int, item_bytes: int, threads: int, centers: int, /) -> tuple[int, int, bool]: ...
 def plan(n: int, m: int, symmetric: bool, threads: int, /) -> tuple[int, int]: ...
 def window(n: int, m: int, d: int, item_bytes: int, threads: int, /) -> int: ...

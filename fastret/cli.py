@@ -1,4 +1,4 @@
-"""The command line: ``fastret info``, ``fastret train``, ``fastret bench``."""
+"""The command line: ``fastret info``, ``fastret train``, ``fastret eval``, ``fastret bench``."""
 
 import argparse
 import subprocess
@@ -8,13 +8,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 import fastret
 from fastret.backends.registry import AUTO, IMPLEMENTATIONS
+from fastret.ops.checks import check_count
+from fastret.retrieval.evaluate import DEFAULT_KS, DEFAULT_METRICS, METRICS, evaluate, load_labels, load_rows
 from fastret.training import TrainOptions, train
 from fastret.training.checkpoint import load_checkpoint
 from fastret.training.heap import keep_freed_memory
 from fastret.training.losses import LOSSES, Recipe
 from fastret.training.sources import SOURCES
+from fastret.training.spq import BITS
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -38,9 +43,10 @@ def _fail(message: object) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="fastret", description="Image-retrieval losses without their huge tensors.")
     parser.add_argument("--version", action="version", version=f"fastret {fastret.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | train | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | train | eval | bench")
     commands.add_parser("info", help="print versions, devices and what serves each op")
     _add_train(commands.add_parser("train", help="train a small network and evaluate it on unseen classes"))
+    _add_eval(commands.add_parser("eval", help="retrieval metrics of embeddings in .npy files"))
     commands.add_parser("bench", help="run the benchmarks of a checkout; takes their options", add_help=False)
     return parser
 
@@ -66,17 +72,56 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the run in the output folder, with its options"
     )
     add("iterations", "batches to train on", type=int)
-    add("batch_classes", "classes of a batch; all there are where the data has fewer", type=int)
-    add("samples_per_class", "images of each class in a batch", type=int)
+    add("batch_classes", "classes of a batch; all there are where the data has fewer; images without labels", type=int)
+    add("samples_per_class", "images of each class in a batch; views of each image without labels", type=int)
     add("temperature", "temperature of the loss", type=float)
     add("filters", "channels of the network's first block, a quarter of the last one's", type=int)
     add("lr", "AdamW's learning rate at the start of a cosine schedule", type=float)
-    add("proxy_lr", "the same of the loss's own parameters, its proxies", type=float)
+    add("proxy_lr", "the same of the loss's own parameters, its proxies or words", type=float)
+    add("bits", "bits of an image's code", type=int, choices=BITS)
     add("seed", "seed of weights, batches and augmentation", type=int)
     add("checkpoint_every", "iterations between two checkpoints", type=int)
     add("threads", "CPU threads (default: as PyTorch has it)", type=int)
     add("impl", "implementation of the loss (default: the fastest)", choices=(AUTO, *IMPLEMENTATIONS))
     add("device", "device", choices=("cpu", "cuda"))
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, **settings: Any) -> None:
+        parser.add_argument(name, help=text, **settings)
+
+    add("embeddings", "rows, one a query: .npy of (N, D) float16, float32 or float64", type=Path)
+    add("labels", ".npy of (N,) integers", type=Path)
+    add("--gallery", "rows to search (default: the queries, each left out of its own result)", type=Path)
+    add("--gallery-labels", "their labels", type=Path)
+    add("--metrics", f"default: {' '.join(DEFAULT_METRICS)}", nargs="+", choices=METRICS, default=DEFAULT_METRICS)
+    known = " ".join(map(str, DEFAULT_KS))
+    add("--ks", f"recall at so many neighbours (default: {known}, as far as the gallery goes)", nargs="+", type=int)
+    add("--output", "a .json to write the metrics to", type=Path)
+    add("--threads", "CPU threads (default: as PyTorch has it)", type=int)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    check_count(arguments.threads, "threads")
+    if (arguments.gallery is None) != (arguments.gallery_labels is None):
+        raise ValueError("gallery, gallery_labels: expected both or neither")
+    if arguments.output is not None and (arguments.output.is_dir() or not arguments.output.parent.is_dir()):
+        raise ValueError(f"output: expected a file in a directory that exists, got {arguments.output}")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    own_gallery = arguments.gallery is not None
+    found = evaluate(
+        load_rows(arguments.embeddings, "embeddings"),
+        load_labels(arguments.labels, "labels"),
+        metrics=arguments.metrics,
+        ks=arguments.ks,
+        gallery=load_rows(arguments.gallery, "gallery") if own_gallery else None,
+        gallery_labels=load_labels(arguments.gallery_labels, "gallery_labels") if own_gallery else None,
+    )
+    print(found)
+    if arguments.output is not None:
+        found.write(arguments.output)
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -110,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             return _train(arguments)
+        if arguments.command == "eval":
+            return _eval(arguments)
         if arguments.command == "bench":
             return _bench(rest)
         print(fastret.env_report())

@@ -9,7 +9,18 @@ import torch
 from fastret._version import __version__
 from fastret.backends import registry
 
-OPS = ("rank_sums", "masked_lse", "row_extrema", "pair_dot", "topk", "pq_topk")
+OPS = (
+    "rank_sums",
+    "masked_lse",
+    "row_extrema",
+    "pair_dot",
+    "soft_assign",
+    "sampled_dot",
+    "topk",
+    "pq_topk",
+    "segment_mean",
+    "patchmix",
+)
 
 
 def _version(package: str) -> str:

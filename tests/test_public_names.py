@@ -9,5 +9,5 @@ def test_names() -> None:
     assert callable(fastret.retrieval.recall_at_k)
     for name in fastret.functional.__all__:
         assert callable(getattr(fastret.functional, name)), name
-    for name in ("MultiSimilarity", "InvariantSpreading", "SoftTriple", "SubCenterArcFace"):
+    for name in ("MultiSimilarity", "InvariantSpreading", "SoftTriple", "SubCenterArcFace", "SoftPQ", "DPQ", "DPQLoss"):
         assert name in fastret.__all__

@@ -106,6 +106,41 @@ inline PqTopkPlan pq_topk_plan(int64_t groups, int64_t n, int64_t words, int64_t
   return p;
 }
 
+// soft_assign: blocks of rows against tiles of the words of a book. A task is a book and a range of rows.
+struct AssignPlan {
+  int64_t words = 1;                  // of a tile
+  int64_t ranges = 1, range_rows = 0;
+  bool by_words = false;              // what is summed over rows: in a second sweep, by those who have the words
+  int64_t sum_words = 1;              // of a task of that sweep
+  static constexpr int64_t kRows = 64;  // of a block; whole pairs of vectors
+};
+
+// All words in one tile where they stay in L2: backward needs a sum over all of them first. Ranges as few as keep the
+// threads busy: each but the first has sums of its own over its rows, sum_bytes for all books, which are merged. Where
+// these would take too much memory, threads have words instead of rows, and products are made up to 1.5 times as often.
+inline AssignPlan assign_plan(int64_t n, int64_t books, int64_t words, int64_t sum_bytes, int64_t item_bytes,
+                              int threads) {
+  constexpr int64_t kTileBytes = 256 << 10, kSumBytes = 4 << 20;
+  auto pieces = [](int64_t size, int64_t piece) { return (size + piece - 1) / piece; };
+  const int64_t t = std::max(1, threads), row_bytes = AssignPlan::kRows * item_bytes;
+  const int64_t blocks = std::max<int64_t>(1, pieces(n, AssignPlan::kRows));
+  const auto turns = [&](int64_t r) { return double(pieces(books * r, t)) / double(r); };  // time, in books a thread
+  const auto fewest = [&](int64_t most) {
+    int64_t best = 1;
+    for (int64_t r = 2; r <= std::min({t, blocks, most}); ++r)
+      if (turns(r) < 0.9 * turns(best)) best = r;
+    return best;
+  };
+  AssignPlan p;
+  p.words = words * row_bytes <= kTileBytes ? words : pieces(words, pieces(words, kTileBytes / 2 / row_bytes));
+  const int64_t free = fewest(t), fit = sum_bytes ? fewest(1 + kSumBytes / sum_bytes) : free;
+  p.by_words = turns(fit) > 1.5 * turns(free);
+  p.range_rows = pieces(blocks, p.by_words ? free : fit) * AssignPlan::kRows;
+  p.ranges = std::max<int64_t>(1, pieces(n, p.range_rows));
+  p.sum_words = std::clamp<int64_t>(pieces(words, pieces(t, books)), 1, p.words);
+  return p;
+}
+
 // Round-robin tournament of `blocks` blocks: every unordered pair once, no block twice in a round, so that two
 // threads of a round never add to the same rows: no atomics, and every run with the same blocks adds in the same order.
 class Tournament {

@@ -7,7 +7,10 @@
 #include "pair_dot.h"
 #include "pq_topk.h"
 #include "rank_sums.h"
+#include "sampled_dot.h"
+#include "segment_mean.h"
 #include "settings.h"
+#include "soft_assign.h"
 #include "topk.h"
 
 namespace fastret {
@@ -99,6 +102,9 @@ RankSumsKernels rank_sums_kernels(bool doubles) { FASTRET_OF_ISA(rank_sums_kerne
 MaskedLseKernels masked_lse_kernels(bool doubles) { FASTRET_OF_ISA(masked_lse_kernels(doubles)); }
 MaskedLseSweep masked_lse_sweep_kernel(bool doubles) { FASTRET_OF_ISA(masked_lse_sweep_kernel(doubles)); }
 PairDotKernels pair_dot_kernels(bool doubles) { FASTRET_OF_ISA(pair_dot_kernels(doubles)); }
+SegmentMeanKernels segment_mean_kernels(bool doubles) { FASTRET_OF_ISA(segment_mean_kernels(doubles)); }
+SampledDotKernels sampled_dot_kernels(bool doubles) { FASTRET_OF_ISA(sampled_dot_kernels(doubles)); }
+SoftAssignKernels soft_assign_kernels(bool doubles) { FASTRET_OF_ISA(soft_assign_kernels(doubles)); }
 TopkKernels topk_kernels(bool doubles) { FASTRET_OF_ISA(topk_kernels(doubles)); }
 PqTopkKernels pq_topk_kernels(bool doubles) { FASTRET_OF_ISA(pq_topk_kernels(doubles)); }
 

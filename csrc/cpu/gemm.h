@@ -21,39 +21,74 @@ constexpr int kRows = 6;  // 12 + 2 + 1 in 16 registers
 #endif
 constexpr int64_t kGemmWorkspace = kDepth * kCols;
 
-template <class T, int R>
-inline void micro_kernel(int64_t depth, const T* a, int64_t row_step, int64_t depth_step, const T* panel, T* c,
-                         int64_t c_stride, int64_t cols, bool add) {
+// R rows x W vectors of C, of which `cols` elements exist. B's W vectors stand b_step apart from one depth to the next.
+template <class T, int R, int W>
+inline void micro_kernel(int64_t depth, const T* a, int64_t row_step, int64_t depth_step, const T* b, int64_t b_step,
+                         T* c, int64_t c_stride, int64_t cols, bool add) {
   constexpr int V = lanes<T>;
-  Vec<T> left[R], right[R];
-  for (int r = 0; r < R; ++r) left[r] = right[r] = Vec<T>{};
-  for (int64_t p = 0; p < depth; ++p, panel += 2 * V) {
-    const Vec<T> b0 = load<T>(panel), b1 = load<T>(panel + V);
+  Vec<T> result[R][W];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) result[r][w] = Vec<T>{};
+  for (int64_t p = 0; p < depth; ++p, b += b_step) {
+    Vec<T> right[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) right[w] = load<T>(b + w * V);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<T> s = splat(a[r * row_step + p * depth_step]);
-      left[r] += s * b0;
-      right[r] += s * b1;
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) result[r][w] += s * right[w];
     }
   }
-  for (int r = 0; r < R; ++r, c += c_stride) {
-    if (cols == 2 * V) {
-      store<T>(c, add ? left[r] + load<T>(c) : left[r]);
-      store<T>(c + V, add ? right[r] + load<T>(c + V) : right[r]);
-      continue;
-    }
-    for (int64_t j = 0; j < cols; ++j) {
-      const T value = j < V ? left[r][j] : right[r][j - V];
-      c[j] = add ? c[j] + value : value;
-    }
+  if (cols == W * V) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        T* out = c + r * c_stride + w * V;
+        store<T>(out, add ? result[r][w] + load<T>(out) : result[r][w]);
+      }
+    return;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, c += c_stride) {  // by way of memory: indexed, the result would not stay in registers
+    T row[W * V];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) store<T>(row + w * V, result[r][w]);
+    for (int64_t j = 0; j < cols; ++j) c[j] = add ? c[j] + row[j] : row[j];
   }
 }
 
-template <class T, int R = kRows>
-inline void micro_rows(int64_t rows, int64_t depth, const T* a, int64_t row_step, int64_t depth_step, const T* panel,
-                       T* c, int64_t c_stride, int64_t cols, bool add) {
-  if (rows >= R) return micro_kernel<T, R>(depth, a, row_step, depth_step, panel, c, c_stride, cols, add);
-  if constexpr (R > 1) micro_rows<T, R - 1>(rows, depth, a, row_step, depth_step, panel, c, c_stride, cols, add);
+template <class T, int W, int R = kRows>
+inline void micro_rows(int64_t rows, int64_t depth, const T* a, int64_t row_step, int64_t depth_step, const T* b,
+                       int64_t b_step, T* c, int64_t c_stride, int64_t cols, bool add) {
+  if (rows >= R)
+    return micro_kernel<T, R, W>(depth, a, row_step, depth_step, b, b_step, c, c_stride, cols, add);
+  if constexpr (R > 1)
+    micro_rows<T, W, R - 1>(rows, depth, a, row_step, depth_step, b, b_step, c, c_stride, cols, add);
+}
+
+// C (rows x cols) = or += A B of operands used where they lie: A's element (r, p) at a + r row_step + p depth_step, B's
+// row p at b + p b_step, padded to whole vectors. For products of which one dimension is a few vectors: B is not
+// packed, what is one vector wide takes one, and rows go in even groups.
+template <class T>
+void multiply(int64_t rows, int64_t depth, const T* a, int64_t row_step, int64_t depth_step, const T* b, int64_t b_step,
+              T* c, int64_t c_stride, int64_t cols, bool add) {
+  constexpr int64_t V = lanes<T>;
+  const int64_t groups = (rows + kRows - 1) / kRows;
+  for (int64_t p = 0; p < depth; p += kDepth)  // sums of sums lose fewer digits
+    for (int64_t j = 0; j < cols; j += 2 * V)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t begin = rows * g / groups, count = rows * (g + 1) / groups - begin;
+        const int64_t steps = std::min(kDepth, depth - p), width = std::min(2 * V, cols - j);
+        const T *left = a + begin * row_step + p * depth_step, *right = b + p * b_step + j;
+        T* out = c + begin * c_stride + j;
+        const bool more = add || p > 0;
+        const auto kernel = width > V ? micro_rows<T, 2> : micro_rows<T, 1>;
+        kernel(count, steps, left, row_step, depth_step, right, b_step, out, c_stride, width, more);
+      }
 }
 
 // Panels of 2 * lanes columns of op(B) (depth x cols), each stored depth-major; missing columns are zero.
@@ -90,8 +125,9 @@ void own_gemm(Op op_a, Op op_b, int64_t m, int64_t n, int64_t k, const T* a, int
       pack_panels(op_b, op_b == Op::none ? b + p * b_stride + j : b + j * b_stride + p, b_stride, depth, cols, workspace);
       for (int64_t i = 0; i < m; i += kRows)
         for (int64_t q = 0; q < cols; q += W)
-          micro_rows<T>(m - i, depth, a + i * row_step + p * depth_step, row_step, depth_step, workspace + q * depth,
-                        c + i * c_stride + j + q, c_stride, std::min(W, cols - q), add || p > 0);
+          micro_rows<T, 2>(m - i, depth, a + i * row_step + p * depth_step, row_step, depth_step,
+                           workspace + q * depth, W, c + i * c_stride + j + q, c_stride, std::min(W, cols - q),
+                           add || p > 0);
     }
 }
 

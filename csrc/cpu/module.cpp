@@ -9,9 +9,13 @@
 #include "blas.h"
 #include "masked_lse.h"
 #include "pair_dot.h"
+#include "patchmix.h"
 #include "pq_topk.h"
 #include "rank_sums.h"
+#include "sampled_dot.h"
+#include "segment_mean.h"
 #include "settings.h"
+#include "soft_assign.h"
 #include "topk.h"
 
 namespace py = pybind11;
@@ -87,6 +91,21 @@ MaskedLseProblem lse_problem(const ArrayTuple& x, const MaybeArray& y, const std
 PairDotProblem pair_problem(const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row, const ArrayTuple& column,
                             bool normalize, int threads) {
   return {array(x), array(y ? *y : x), array(row), array(column), !y.has_value(), normalize, threads};
+}
+
+// x, bank, first, index, seed, count, threads
+SampledDotProblem sampled_problem(const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first,
+                                  const MaybeArray& index, uint64_t seed, int64_t count, int threads) {
+  return {array(x), array(bank), array(first), array(index), seed, count, threads};
+}
+
+// x, keys, bias, logits, codebook, books
+using AssignTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray, ArrayTuple, int64_t>;
+using FourArrays = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>;
+
+SoftAssignProblem assign_problem(const AssignTuple& t, int threads) {
+  const auto& [x, keys, bias, logits, codebook, books] = t;
+  return {array(x), array(keys), array(bias), array(logits), array(codebook), books, threads};
 }
 
 }  // namespace
@@ -173,6 +192,18 @@ PYBIND11_MODULE(_C, m) {
           const py::gil_scoped_release release;
           pair_dot_backward(p, array(grad), array(dx), array(dy));
         });
+  m.def("segment_mean_forward", [](const ArrayTuple& x, const ArrayTuple& index, bool mean, int threads,
+                                   const ArrayTuple& result, const ArrayTuple& counts) {
+    const SegmentMeanProblem p{array(index), mean, threads};
+    const py::gil_scoped_release release;
+    segment_mean_forward(p, array(x), array(result), array(counts));
+  });
+  m.def("segment_mean_backward", [](const ArrayTuple& grad, const ArrayTuple& index, const ArrayTuple& counts,
+                                    bool mean, int threads, const ArrayTuple& dx) {
+    const SegmentMeanProblem p{array(index), mean, threads};
+    const py::gil_scoped_release release;
+    segment_mean_backward(p, array(grad), array(counts), array(dx));
+  });
   m.def("topk", [](const ArrayTuple& x, const ArrayTuple& y, int64_t k, const MaskTuple& allowed, int metric,
                    int64_t first_column, int threads, const ArrayTuple& scores, const ArrayTuple& indices) {
     require(metric >= 0 && metric <= static_cast<int>(TopkMetric::l2), "metric", "unknown kind");
@@ -197,6 +228,53 @@ PYBIND11_MODULE(_C, m) {
     const PqTopkPlan p = pq_topk_plan(groups, n, words, k, threads);
     return std::tuple{p.parts, p.part_rows, p.capacity};
   });
+  m.def("sampled_dot_forward",
+        [](const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
+           int64_t count, int threads, const ArrayTuple& scores) {
+          const SampledDotProblem p = sampled_problem(x, bank, first, index, seed, count, threads);
+          const py::gil_scoped_release release;
+          sampled_dot_forward(p, array(scores));
+        });
+  m.def("sampled_dot_backward",
+        [](const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
+           int64_t count, int threads, const ArrayTuple& grad, const MaybeArray& dx, const MaybeArray& d_bank) {
+          const SampledDotProblem p = sampled_problem(x, bank, first, index, seed, count, threads);
+          const py::gil_scoped_release release;
+          sampled_dot_backward(p, array(grad), array(dx), array(d_bank));
+        });
+  m.def("patchmix", [](const ArrayTuple& x, const ArrayTuple& groups,
+                       const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, int threads,
+                       const ArrayTuple& out) {
+    const auto& [planes, down, lines, across, piece] = sizes;
+    const PatchMixProblem p{array(x), array(groups), planes, down, lines, across, piece, threads};
+    const py::gil_scoped_release release;
+    patchmix(p, array(out));
+  });
+  m.def("soft_assign_forward",
+        [](const AssignTuple& problem, int threads, const ArrayTuple& codes, const MaybeArray& lse,
+           const MaybeArray& soft, const MaybeArray& usage, const MaybeArray& purity) {
+          const SoftAssignProblem p = assign_problem(problem, threads);
+          const SoftAssignResult r{array(codes), array(lse), array(soft), array(usage), array(purity)};
+          const py::gil_scoped_release release;
+          soft_assign_forward(p, r);
+        });
+  m.def("soft_assign_backward",
+        [](const AssignTuple& problem, int threads, const FourArrays& in, const MaybeArray& lse,
+           const ArrayTuple& codes, bool straight_through, const FourArrays& out) {
+          const SoftAssignProblem p = assign_problem(problem, threads);
+          const auto& [soft, hard, usage, purity] = in;
+          const auto& [rows, keys, bias, codebook] = out;
+          const SoftAssignUpstream u{array(soft),   array(hard), array(usage),    array(purity),
+                                     array(lse),    array(codes), straight_through};
+          const SoftAssignGradient g{array(rows), array(keys), array(bias), array(codebook)};
+          const py::gil_scoped_release release;
+          soft_assign_backward(p, u, g);
+        });
+  m.def("assign_plan",
+        [](int64_t n, int64_t books, int64_t words, int64_t sum_bytes, int64_t item_bytes, int threads) {
+          const AssignPlan p = assign_plan(n, books, words, sum_bytes, item_bytes, threads);
+          return std::tuple{p.words, p.ranges, p.range_rows, p.by_words, p.sum_words};
+        });
   m.def("sweep_plan", [](int64_t n, int64_t m, int64_t d, int64_t item_bytes, int threads, int64_t centers) {
     const SweepPlan p = sweep_plan(n, m, d, item_bytes, threads, centers);
     return std::tuple{p.rows, p.col_block, p.keep};

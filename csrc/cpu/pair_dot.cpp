@@ -72,7 +72,7 @@ template <class T, class S> class PairDot {
   };
   // Pairs of the rows that receive a gradient, and the other row of each pair.
   struct Side {
-    const PairGroups& groups;
+    const Groups& groups;
     const int64_t* partner;
     const Array& rows;
     const T* norm;
@@ -110,7 +110,7 @@ template <class T, class S> class PairDot {
 
   void add(const Side& side, int64_t i, const T* grad, const Space& space) const {
     for (int64_t k = side.groups.start[i]; k < side.groups.start[i + 1]; ++k) {
-      const int64_t p = side.groups.pair(k), other = side.partner[p];
+      const int64_t p = side.groups.item(k), other = side.partner[p];
       const T *row = wide(side.rows, other, space.other), inverse = p_.normalize ? T(1) / side.norm[other] : T(1);
       const T g = grad[p];  // not g * inverse, which may underflow
       for (int64_t c = 0; c < d_; ++c) space.sum[c] += row[c] * inverse * g;

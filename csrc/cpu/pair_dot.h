@@ -2,6 +2,7 @@
 // set, computes. The definition is fastret/backends/reference/pair_dot.py.
 #pragma once
 #include "../common/array.h"
+#include "../common/groups.h"
 
 namespace fastret {
 
@@ -18,17 +19,10 @@ void pair_dot_forward(const PairDotProblem&, const Array& scores);  // out: (1, 
 // in: grad (1, P). out: dx (N, D), dy (M, D); no data where not wanted. Where symmetric, dx is that of both sides.
 void pair_dot_backward(const PairDotProblem&, const Array& grad, const Array& dx, const Array& dy);
 
-// Pairs of each row of one side, in the order of the list: order[start[i]] to order[start[i + 1]], or start[i] to
-// start[i + 1] themselves where the list is sorted by this side and needs no order.
-struct PairGroups {
-  const int64_t *start = nullptr, *order = nullptr;
-  int64_t pair(int64_t k) const { return order ? order[k] : k; }
-};
-
 struct PairDotWork {
   const PairDotProblem& problem;
   void *x_norm = nullptr, *y_norm = nullptr;  // divisors of the rows, where normalised
-  PairGroups by_row, by_column;               // backward
+  Groups by_row, by_column;                   // backward: the pairs of each row of one side
   void* threads = nullptr;                    // thread_elements per thread
   int64_t thread_elements = 0;
 };

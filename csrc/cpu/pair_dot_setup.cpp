@@ -1,9 +1,6 @@
 // Checks, groups and buffers of pair_dot. Nothing here depends on the instruction set.
 #include "pair_dot.h"
 
-#include <algorithm>
-#include <vector>
-
 #include "../common/buffer.h"
 
 namespace fastret {
@@ -11,22 +8,14 @@ namespace {
 
 DType accumulate_in(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
-void check_index(const Array& index, const char* name, int64_t pairs, int64_t size) {
-  check(index, name, 1, pairs, DType::i64);
-  const int64_t* values = index.as<int64_t>();
-  bool inside = true;
-  for (int64_t p = 0; p < pairs; ++p) inside &= values[p] >= 0 && values[p] < size;
-  require(inside, name, "expected numbers from 0 to " + std::to_string(size - 1));
-}
-
 void check_problem(const PairDotProblem& p) {
   require(is_float(p.x.dtype), "x", "not a floating point type");
   check(p.x, "x", p.x.rows, p.x.cols);
   check(p.y, "y", p.y.rows, p.x.cols, p.x.dtype);
   require(!p.symmetric || (p.y.rows == p.x.rows && p.y.data == p.x.data), "y", "not x itself");
   require(p.threads >= 1, "threads", "must be at least 1");
-  check_index(p.row, "row", p.row.cols, p.x.rows);
-  check_index(p.column, "column", p.row.cols, p.y.rows);
+  check_index(p.row, "row", p.row.cols, p.x.rows, 0);
+  check_index(p.column, "column", p.row.cols, p.y.rows, 0);
 }
 
 // Buffers of one call; `work` points into them.
@@ -48,22 +37,6 @@ struct Setup {
   PairDotKernels kernels() const { return pair_dot_kernels(item == 8); }
 };
 
-// A stable counting sort of the pairs by `index`.
-PairGroups groups(const Array& index, int64_t size, Buffer& starts, Buffer& orders) {
-  const int64_t pairs = index.cols, *key = index.as<int64_t>();
-  starts = Buffer((size + 1) * int64_t(sizeof(int64_t)));
-  int64_t* start = static_cast<int64_t*>(starts.get());
-  std::fill(start, start + size + 1, int64_t(0));
-  for (int64_t p = 0; p < pairs; ++p) ++start[key[p] + 1];
-  for (int64_t i = 0; i < size; ++i) start[i + 1] += start[i];
-  if (std::is_sorted(key, key + pairs)) return {start, nullptr};
-  orders = Buffer(pairs * int64_t(sizeof(int64_t)));
-  int64_t* order = static_cast<int64_t*>(orders.get());
-  std::vector<int64_t> next(start, start + size);
-  for (int64_t p = 0; p < pairs; ++p) order[next[key[p]]++] = p;
-  return {start, order};
-}
-
 void check_gradient(const Array& out, const Array& rows, const char* name) {
   if (out.data || out.rows) check(out, name, rows.rows, rows.cols, rows.dtype);
 }
@@ -84,9 +57,9 @@ void pair_dot_backward(const PairDotProblem& p, const Array& grad, const Array& 
   check_gradient(dy, p.y, "dy");
   require(!p.symmetric || !dy.data, "dy", "y = x has one gradient");
   Setup setup(p);
-  if (dx.data) setup.work.by_row = groups(p.row, p.x.rows, setup.row_start, setup.row_order);
+  if (dx.data) setup.work.by_row = group(p.row, p.x.rows, setup.row_start, setup.row_order);
   if (dy.data || (p.symmetric && dx.data))
-    setup.work.by_column = groups(p.column, p.y.rows, setup.column_start, setup.column_order);
+    setup.work.by_column = group(p.column, p.y.rows, setup.column_start, setup.column_order);
   setup.kernels().backward(setup.work, grad, dx, dy);
 }
 

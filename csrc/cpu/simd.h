@@ -89,13 +89,10 @@ template <class V> inline uint32_t lanes_above(V a, V b) {
 #endif
 }
 
-// 2^x for x clamped to the exponents of normal numbers. Relative error 5e-9 (float, before rounding), 1e-19 (double):
-// (2^f - 1)/f interpolated at Chebyshev nodes of |f| <= 1/2, so that 2^0 is exactly 1. NaN stays NaN: the exponent is
-// multiplied in, because adding it to the bits would turn a NaN into a number.
-inline Vec<float> exp2(Vec<float> x) {
-  const Vec<float> limit = splat(126.0f);
-  x = x < -limit ? -limit : x;
-  x = x > limit ? limit : x;
+// 2^x for x among the exponents of normal numbers; of others any number. Relative error 5e-9 (float, before rounding),
+// 1e-19 (double): (2^f - 1)/f interpolated at Chebyshev nodes of |f| <= 1/2, so that 2^0 is exactly 1. NaN stays NaN:
+// the exponent is multiplied in, because adding it to the bits would turn a NaN into a number.
+inline Vec<float> exp2_normal(Vec<float> x) {
   const Vec<float> magic = splat(12582912.0f + 127.0f);  // 1.5 * 2^23 + bias: its low bits become the exponent
   const Vec<float> z = x + magic;
   const Vec<float> f = x - (z - magic);
@@ -108,10 +105,7 @@ inline Vec<float> exp2(Vec<float> x) {
   q = q * f + 6.9314718802622878e-1f;
   return (q * f + 1.0f) * scale;
 }
-inline Vec<double> exp2(Vec<double> x) {
-  const Vec<double> limit = splat(1022.0);
-  x = x < -limit ? -limit : x;
-  x = x > limit ? limit : x;
+inline Vec<double> exp2_normal(Vec<double> x) {
   const Vec<double> magic = splat(6755399441055744.0 + 1023.0);
   const Vec<double> z = x + magic;
   const Vec<double> f = x - (z - magic);
@@ -129,6 +123,18 @@ inline Vec<double> exp2(Vec<double> x) {
   q = q * f + 2.4022650695910071e-1;
   q = q * f + 6.9314718055994531e-1;
   return (q * f + 1.0) * scale;
+}
+
+// 2^x for x clamped to the exponents of normal numbers.
+inline Vec<float> exp2(Vec<float> x) {
+  const Vec<float> limit = splat(126.0f);
+  x = x < -limit ? -limit : x;
+  return exp2_normal(x > limit ? limit : x);
+}
+inline Vec<double> exp2(Vec<double> x) {
+  const Vec<double> limit = splat(1022.0);
+  x = x < -limit ? -limit : x;
+  return exp2_normal(x > limit ? limit : x);
 }
 
 // One lanes x lanes block, transposed in log2(lanes) perfect shuffles. add: onto what `to` holds.

@@ -118,17 +118,17 @@ def wants_gradient(t: Tensor | None) -> bool:
     return t.requires_grad or (not torch.compiler.is_compiling() and is_wrapped(t))
 
 
-def check_range(index: Tensor, size: int, name: str) -> None:
-    """Every value in [0, size); a device other than the CPU is not waited for but asserts."""
+def check_range(index: Tensor, size: int, name: str, *, negative: bool = False) -> None:
+    """Every value in [0, size), or negative where those mean something; a device other than the CPU is not waited for
+    but asserts."""
     if torch.compiler.is_compiling() or is_wrapped(index):
         return
-    right = ((index >= 0) & (index < size)).all()
+    wrong = (index >= size) if negative else (index < 0) | (index >= size)
     message = f"{name}: expected numbers from 0 to {size - 1}"
     if index.device.type != "cpu":
-        torch._assert_async(right, message)
-    elif not right:
-        wrong = index[(index < 0) | (index >= size)]
-        raise ValueError(f"{message}, got {int(wrong[0])}")
+        torch._assert_async(~wrong.any(), message)
+    elif wrong.any():
+        raise ValueError(f"{message}, got {int(index[wrong][0])}")
 
 
 def check_offsets(offsets: Tensor, entries: int, name: str) -> None:

@@ -15,23 +15,21 @@ Rows are normalised as torch.nn.functional.normalize does; equal scores are rank
 Queries without a match are excluded; ``queries_without_match`` counts them.
 
 Cost: one N x M matmul and a selection of each query's nearest (``fastret.ops.topk``), as many as the metric looks at
-(the largest k or R); mAP ranks all M rows. Memory: a fixed budget for the ranks of a block of queries; nothing is
-N x M, and rows are read where they lie.
+(the largest k or R); mAP ranks all M rows; ``rank_metrics`` takes several from one ranking. Memory: a fixed budget for
+the ranks of a block of queries; nothing is N x M, and rows are read where they lie.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastret.backends import registry
 from fastret.backends.pairs import PairMask
-from fastret.backends.rows import poison
 from fastret.ops.checks import check_labels, check_rows
 from fastret.ops.topk import topk
-from fastret.retrieval.search import BUDGET, rows_at_once, search_bar
+from fastret.retrieval.search import BUDGET, bar, check_finite, rows_at_once, serving
 
-# What a metric makes of a block: the matches in rank order (queries, ranks) bool and R (queries,), to one row a query.
+# What a metric makes of a block, the matches in rank order (queries, ranks) bool and R (queries,): a number a query.
 PerQuery = Callable[[Tensor, Tensor], Tensor]
 
 # How many ranks a metric looks at, where that is no fixed number.
@@ -64,14 +62,8 @@ def recall_at_k(
         TypeError, ValueError: naming the argument, what was given and what is expected; among them that no query has
             a match.
     """
-    _check(embeddings, labels, gallery, gallery_labels)
-    _check_ks(ks, len(embeddings) - 1 if gallery is None else len(gallery))
-
-    def found(matches: Tensor, _: Tensor) -> Tensor:
-        return _found(matches, ks)
-
-    means = _mean(found, (max(ks),), embeddings, labels, gallery, gallery_labels, progress)
-    return dict(zip(ks, means.tolist(), strict=True))
+    found = rank_metrics(embeddings, labels, ("recall",), ks, gallery, gallery_labels, progress)
+    return {k: found[f"recall@{k}"] for k in ks}
 
 
 def r_precision(
@@ -83,12 +75,7 @@ def r_precision(
     progress: bool = True,
 ) -> float:
     """Share of matches among a query's R nearest, averaged over queries; arguments and errors as in recall_at_k."""
-    _check(embeddings, labels, gallery, gallery_labels)
-
-    def precision(matches: Tensor, count: Tensor) -> Tensor:
-        return (matches & _within(matches, count)).sum(1) / count
-
-    return float(_mean(precision, (UP_TO_R,), embeddings, labels, gallery, gallery_labels, progress))
+    return rank_metrics(embeddings, labels, ("r-precision",), (), gallery, gallery_labels, progress)["r-precision"]
 
 
 def map_at_r(
@@ -100,9 +87,7 @@ def map_at_r(
     progress: bool = True,
 ) -> float:
     """Mean over queries of average precision within the R nearest; arguments and errors as in recall_at_k."""
-    _check(embeddings, labels, gallery, gallery_labels)
-
-    return float(_mean(_average_precision_at_r, (UP_TO_R,), embeddings, labels, gallery, gallery_labels, progress))
+    return rank_metrics(embeddings, labels, ("map-at-r",), (), gallery, gallery_labels, progress)["map-at-r"]
 
 
 def mean_average_precision(
@@ -114,21 +99,40 @@ def mean_average_precision(
     progress: bool = True,
 ) -> float:
     """Mean over queries of average precision over the whole ranking; arguments and errors as in recall_at_k."""
+    return rank_metrics(embeddings, labels, ("map",), (), gallery, gallery_labels, progress)["map"]
+
+
+def rank_metrics(
+    embeddings: Tensor,
+    labels: Tensor,
+    metrics: Sequence[str],
+    ks: Sequence[int] = (),
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Several metrics from one ranking: "recall" (at each of ks: recall@1, ...), "r-precision", "map-at-r", "map".
+
+    The other arguments, and errors, are as in ``recall_at_k``.
+    """
     _check(embeddings, labels, gallery, gallery_labels)
-    return float(_mean(_average_precision, (ALL,), embeddings, labels, gallery, gallery_labels, progress))
+    wanted: dict[str, tuple[int | str, PerQuery]] = {}
+    for metric in metrics:
+        if metric == "recall":
+            _check_ks(ks, len(embeddings) - 1 if gallery is None else len(gallery))
+            wanted |= {f"recall@{k}": (k, _found(k)) for k in ks}
+        else:
+            wanted[metric] = _OF_RANKING[metric]
+    ranks = {rank for rank, _ in wanted.values()}
 
+    def all_of_them(matches: Tensor, count: Tensor) -> Tensor:
+        return torch.stack([metric(matches, count).float() for _, metric in wanted.values()], 1)
 
-def recall_and_map_at_r(embeddings: Tensor, labels: Tensor, *, ks: Sequence[int]) -> tuple[dict[int, float], float]:
-    """``recall_at_k`` and ``map_at_r`` of the embeddings among themselves, from one ranking instead of two."""
-    _check(embeddings, labels, None, None)
-    _check_ks(ks, len(embeddings) - 1)
-
-    def both(matches: Tensor, count: Tensor) -> Tensor:
-        precision = _average_precision_at_r(matches, count)
-        return torch.cat([_found(matches, ks).to(precision.dtype), precision[:, None]], 1)
-
-    *recalls, precision = _mean(both, (max(ks), UP_TO_R), embeddings, labels, None, None, True).tolist()
-    return dict(zip(ks, recalls, strict=True)), precision
+    rankings = _rankings(ranks, embeddings, labels, gallery, gallery_labels, progress)
+    values = [all_of_them(matches, count) for matches, count in rankings if len(count)]
+    if not values:
+        raise ValueError("labels: expected at least one query with a match among the rows to search, got none")
+    return dict(zip(wanted, torch.cat(values).cpu().double().mean(0).tolist(), strict=True))
 
 
 def queries_without_match(labels: Tensor, gallery_labels: Tensor | None = None) -> int:
@@ -148,9 +152,9 @@ def queries_without_match(labels: Tensor, gallery_labels: Tensor | None = None) 
     return int((_matches(labels, gallery_labels) == 0).sum())
 
 
-def _found(matches: Tensor, ks: Sequence[int]) -> Tensor:
-    """(queries, len(ks)) whether there is a match among the first k."""
-    return torch.stack([matches[:, :k].any(1) for k in ks], 1)
+def _found(k: int) -> PerQuery:
+    """Whether there is a match among the first k."""
+    return lambda matches, _: matches[:, :k].any(1)
 
 
 def _within(matches: Tensor, count: Tensor) -> Tensor:
@@ -167,25 +171,20 @@ def _average_precision_at_r(matches: Tensor, count: Tensor) -> Tensor:
     return _average_precision(matches & _within(matches, count), count)
 
 
-def _mean(
-    metric: PerQuery,
-    ranks: tuple[int | str, ...],
-    embeddings: Tensor,
-    labels: Tensor,
-    gallery: Tensor | None,
-    gallery_labels: Tensor | None,
-    progress: bool,
-) -> Tensor:
-    """The metric's mean over the queries that have a match, in float64 on the CPU."""
-    rankings = _rankings(ranks, embeddings, labels, gallery, gallery_labels, progress)
-    values = [metric(matches, count) for matches, count in rankings if len(count)]
-    if not values:
-        raise ValueError("labels: expected at least one query with a match among the rows to search, got none")
-    return torch.cat(values).cpu().double().mean(0)
+def _precision_at_r(matches: Tensor, count: Tensor) -> Tensor:
+    return (matches & _within(matches, count)).sum(1) / count
+
+
+# How many ranks are looked at, and what is made of them.
+_OF_RANKING: dict[str, tuple[int | str, PerQuery]] = {
+    "r-precision": (UP_TO_R, _precision_at_r),
+    "map-at-r": (UP_TO_R, _average_precision_at_r),
+    "map": (ALL, _average_precision),
+}
 
 
 def _rankings(
-    ranks: tuple[int | str, ...],
+    ranks: Collection[int | str],
     embeddings: Tensor,
     labels: Tensor,
     gallery: Tensor | None,
@@ -203,9 +202,9 @@ def _rankings(
     # Those with the most matches first: a block looks at as many ranks as its first query needs.
     order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
     number = torch.arange(len(rows), device=rows.device)
-    impl = _serving(embeddings)
+    impl = serving("topk", embeddings)
     begin = 0
-    with search_bar(len(order), progress) as bar:
+    with bar(len(order), "search", "query", progress) as shown:
         while begin < len(order):
             most = {ALL: size, UP_TO_R: int(count[order[begin]])}
             depth = max(most[wanted] if isinstance(wanted, str) else wanted for wanted in ranks)
@@ -214,16 +213,7 @@ def _rankings(
             _, nearest = topk(embeddings[block], rows, k=depth, mask=others, impl=impl)
             yield row_labels[nearest] == labels[block, None], count[block]
             begin += len(block)
-            bar.update(len(block))
-
-
-def _serving(x: Tensor) -> str:
-    """The implementation that is asked for; "auto" where that is one for training, which has no topk."""
-    name = registry.chosen(None)
-    if name == registry.AUTO:
-        return name
-    call = registry.Call("topk", x.device.type, x.dtype)
-    return registry.AUTO if registry.IMPLEMENTATIONS[name].unsupported(call) else name
+            shown.update(len(block))
 
 
 def _matches(labels: Tensor, row_labels: Tensor) -> Tensor:
@@ -247,16 +237,10 @@ def _check_ks(ks: Sequence[int], size: int) -> None:
 def _check(embeddings: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None) -> None:
     check_rows(embeddings, "embeddings")
     check_labels(labels, embeddings, "labels")
-    _check_finite(embeddings, "embeddings")
+    check_finite(embeddings, "embeddings")
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery, gallery_labels: expected both or neither")
     if gallery is not None and gallery_labels is not None:
         check_rows(gallery, "gallery", like=embeddings)
         check_labels(gallery_labels, gallery, "gallery_labels")
-        _check_finite(gallery, "gallery")
-
-
-def _check_finite(x: Tensor, name: str) -> None:
-    """NaN has no place in a ranking, and would be counted as a miss or a hit depending on the sort."""
-    if bool(poison(x).isnan()):
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+        check_finite(gallery, "gallery")

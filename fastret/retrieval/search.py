@@ -7,7 +7,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastret import ops
+from fastret.backends import registry
 from fastret.backends.pairs import Head, PairMask
+from fastret.backends.rows import poison
 from fastret.ops import checks
 from fastret.ops.heads import check_heads
 
@@ -86,16 +88,31 @@ def rows_at_once(gallery: Tensor) -> int:
     return max(_LEAST_ROWS, _PRODUCTS // max(1, gallery.numel()))
 
 
-def search_bar(queries: int, shown: bool) -> "tqdm[int]":
+def bar(total: int, what: str, unit: str, shown: bool) -> "tqdm[int]":
     """A bar for a person who has waited a little already."""
     hidden = None if shown else True  # None: where nobody looks
-    return tqdm(total=queries, desc="search", unit="query", delay=_PATIENCE, leave=False, disable=hidden)
+    return tqdm(total=total, desc=what, unit=unit, delay=_PATIENCE, leave=False, disable=hidden)
+
+
+def serving(op: str, x: Tensor) -> str:
+    """The implementation that is asked for; "auto" where that is one for training, which has no such op."""
+    name = registry.chosen(None)
+    if name == registry.AUTO:
+        return name
+    call = registry.Call(op, x.device.type, x.dtype)
+    return registry.AUTO if registry.IMPLEMENTATIONS[name].unsupported(call) else name
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """NaN has no place in a ranking, and would be counted as a miss or a hit depending on the sort."""
+    if bool(poison(x).isnan()):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
 
 def blocks(queries: int, rows: int, progress: bool) -> Iterator[slice]:
     """[0, queries) in blocks, at least one, and a bar of them where they take long."""
-    with search_bar(queries, progress) as bar:
+    with bar(queries, "search", "query", progress) as shown:
         for begin in range(0, max(1, queries), rows):
             block = slice(begin, min(queries, begin + rows))
             yield block
-            bar.update(block.stop - block.start)
+            shown.update(block.stop - block.start)

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from fastret.losses import MultiSimilarity, NTXent, ProxyNCA, SmoothAP, SupCon
 from fastret.losses.proxies import ProxyLoss
+from fastret.training.codes import BY_CODE
+from fastret.training.evaluation import BY_CLASS, Judge
+from fastret.training.spq import SPQ
 
 # Images (n, c, h, w) uint8 with labels (n,).
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -23,6 +26,7 @@ class LossSettings:
         impl: as the losses' ``impl=``; None: the fastest.
         classes: of the training data; labels are 0 .. classes - 1.
         width: of an embedding.
+        bits: of an image's code; None: the loss has no codes.
     """
 
     temperature: float | None
@@ -30,6 +34,7 @@ class LossSettings:
     impl: str | None
     classes: int
     width: int
+    bits: int | None = None
 
     @property
     def tau(self) -> float:
@@ -49,6 +54,7 @@ class Recipe:
     filters: int
     lr: float
     proxy_lr: float | None  # None: the loss has nothing to learn
+    bits: int | None = None  # None: the loss has no codes
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,11 @@ class TrainingLoss:
         official_bytes: its peak for a batch of n rows.
         official_at: the sizes that ``official`` speaks of, as a format of rows and classes.
         least_samples: images of a class that a batch needs: 2 where positives are sought in the batch.
+        most_samples: images of a class that a batch may have; None: any number.
         initialise: fits the loss to the untrained network's embeddings of all training images, before the first step.
+        labelled: whether it learns from labels; otherwise every image is a class of its own, and samples of it are
+            random views. They come one view of all images after the other, so that row i and row i + n are of image i.
+        judge: how the network is evaluated.
     """
 
     build: Callable[[LossSettings], nn.Module]
@@ -71,7 +81,10 @@ class TrainingLoss:
     official_bytes: Callable[[int, LossSettings], int]
     official_at: str = "N = {rows:,}"
     least_samples: int = 2
+    most_samples: int | None = None
     initialise: Callable[[nn.Module, nn.Module, Batches], None] | None = None
+    labelled: bool = True
+    judge: Judge = BY_CLASS
 
 
 def _smooth_ap(settings: LossSettings) -> nn.Module:
@@ -101,6 +114,16 @@ def _class_means(loss: nn.Module, model: nn.Module, batches: Batches) -> None:
     loss.init_from_loader(model, batches)
 
 
+def _spq(settings: LossSettings) -> nn.Module:
+    assert settings.bits is not None
+    return SPQ(settings.bits, settings.width, settings.tau, impl=settings.impl)
+
+
+def _words(loss: nn.Module, model: nn.Module, batches: Batches) -> None:
+    assert isinstance(loss, SPQ)
+    loss.initialise(model, [images for images, _ in batches])
+
+
 # How many float32 tensors of the named size their forward and backward hold at the peak (measured).
 def _smooth_ap_bytes(n: int, settings: LossSettings) -> int:
     return round(9.1 * 4 * n**3)
@@ -122,6 +145,10 @@ def _multi_similarity_bytes(n: int, settings: LossSettings) -> int:
 def _proxy_nca_bytes(n: int, settings: LossSettings) -> int:
     # The code of 2019, which articles copy: distances between all rows and proxies.
     return round(6.4 * 4 * (n + settings.classes) ** 2)
+
+
+def _spq_bytes(n: int, settings: LossSettings) -> int:
+    return round(8.2 * 4 * n**2 * settings.width)
 
 
 def _of_pairs(temperature: float | None) -> Recipe:
@@ -162,6 +189,26 @@ LOSSES: dict[str, TrainingLoss] = {
         official_at="B = {rows:,}, C = {classes:,}",
         least_samples=1,
         initialise=_class_means,
+    ),
+    "spq": TrainingLoss(
+        _spq,
+        Recipe(
+            iterations=1000,
+            batch_classes=256,
+            samples_per_class=2,
+            temperature=0.3,
+            filters=16,
+            lr=4e-3,
+            proxy_lr=1e-3,
+            bits=32,
+        ),
+        "the official code's 2N x 2N x D broadcasts",
+        _spq_bytes,
+        official_at="2N = {rows:,}, D = {width}",
+        most_samples=2,
+        initialise=_words,
+        labelled=False,
+        judge=BY_CODE,
     ),
 }
 

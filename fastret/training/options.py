@@ -11,6 +11,7 @@ import torch
 
 from fastret.ops.checks import check_positive
 from fastret.training.losses import Recipe, training_loss
+from fastret.training.spq import BITS
 
 # Stands for a value of the loss's recipe, which takes its place when the options are made: nobody reads it from them.
 _AS_RECIPE: Any = None
@@ -20,8 +21,8 @@ _AS_RECIPE: Any = None
 class TrainOptions:
     """Options of a run; equal ones give equal weights on the same machine with the same number of threads.
 
-    iterations, batch_classes, samples_per_class, temperature, filters, lr and proxy_lr are by default as `Recipe` has
-    them for the loss.
+    iterations, batch_classes, samples_per_class, temperature, filters, lr, proxy_lr and bits are by default as `Recipe`
+    has them for the loss.
 
     Attributes:
         data: a name in `fastret.training.sources.SOURCES`, a directory with one folder of images a class, or an .npz of
@@ -29,12 +30,14 @@ class TrainOptions:
         loss: a name in `fastret.training.losses.LOSSES`.
         output: folder of checkpoint.pt, metrics.json and plot.png.
         iterations: number of batches.
-        batch_classes: classes of a batch; all there are where the data has fewer.
-        samples_per_class: images of each class in a batch.
+        batch_classes: classes of a batch; all there are where the data has fewer. For a loss without labels every image
+            is a class.
+        samples_per_class: images of each class in a batch; without labels, views of each image.
         temperature: of the loss, in units of the cosine; None for a loss without one.
         filters: channels of the network's first block; the other two have twice and four times as many.
         lr: AdamW's learning rate at the start; it falls to 0 along a cosine.
-        proxy_lr: likewise, of the loss's own parameters; None for a loss without any.
+        proxy_lr: likewise, of the loss's own parameters, proxies or words of a codebook; None for a loss without any.
+        bits: of an image's code; None for a loss without codes.
         seed: of the weights, the batches and the augmentation.
         checkpoint_every: iterations between two checkpoints.
         threads: CPU threads; None: as torch has it.
@@ -55,6 +58,7 @@ class TrainOptions:
     filters: int = _AS_RECIPE
     lr: float = _AS_RECIPE
     proxy_lr: float | None = None
+    bits: int | None = None
     seed: int = 0
     checkpoint_every: int = 50
     threads: int | None = None
@@ -79,13 +83,17 @@ class TrainOptions:
                 raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
             if value < smallest:
                 raise ValueError(f"{name}: expected at least {smallest}, got {value}")
+        if loss.most_samples is not None and self.samples_per_class > loss.most_samples:
+            raise ValueError(f"samples_per_class: expected at most {loss.most_samples}, got {self.samples_per_class}")
         check_positive(self.lr, "lr")
-        for name, part in (("temperature", "temperature"), ("proxy_lr", "proxies")):
+        for name, part in (("temperature", "temperature"), ("proxy_lr", "proxies"), ("bits", "codes")):
             value = getattr(self, name)
             if value is not None and getattr(loss.recipe, name) is None:
                 raise ValueError(f"{name}: expected none, as {self.loss} has no {part}, got {value}")
             if value is not None:
                 check_positive(value, name)
+        if self.bits is not None and self.bits not in BITS:
+            raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():

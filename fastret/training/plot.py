@@ -1,11 +1,13 @@
-"""plot.png: the loss of every step, and retrieval of unseen classes before and after; needs matplotlib."""
+"""plot.png: the loss of every step, and retrieval of unseen images before and after; needs matplotlib."""
 
 from pathlib import Path
 
+from fastret.training.losses import training_loss
 from fastret.training.report import Report
 
 NAME = "plot.png"
 BEFORE, AFTER = "#b8bec9", "#1f5fbf"
+LINES = (":", "--")  # of the yardsticks
 
 
 def write_plot(report: Report, folder: Path) -> None:
@@ -31,13 +33,17 @@ def write_plot(report: Report, folder: Path) -> None:
     loss.set_ylabel("loss (log scale)")
     loss.grid(which="major", alpha=0.3)
 
-    names = ("R@1", "R@10", "MAP@R")
+    names = list(report.after.named())
     bars_of = ((-0.2, "untrained", BEFORE, report.before), (0.2, "trained", AFTER, report.after))
     for offset, label, color, found in bars_of:
-        percent = [100 * found.recall_at_1, 100 * found.recall_at_10, 100 * found.map_at_r]
+        percent = [100 * share for share in found.named().values()]
         bars = retrieval.bar([i + offset for i in range(len(names))], percent, 0.38, color=color, label=label)
         retrieval.bar_label(bars, fmt="%.1f", padding=2)
-    retrieval.set_title(f"Retrieval of {report.held_out.classes:,} unseen classes")
+    for line, (name, share) in zip(LINES, report.yardsticks.items(), strict=False):
+        retrieval.axhline(100 * share, color="black", linestyle=line, linewidth=1, label=f"{name}: {share:.1%}")
+    held_out = report.held_out
+    judge = training_loss(report.options.loss).judge
+    retrieval.set_title(judge.title.format(classes=held_out.classes, images=held_out.images, bits=report.options.bits))
     retrieval.set_ylabel("%")
     retrieval.set_ylim(0, 110)
     retrieval.set_yticks(range(0, 101, 20))

@@ -12,7 +12,7 @@ import torch
 
 from fastret._version import __version__
 from fastret.data import ImageSet
-from fastret.training.evaluation import Retrieval
+from fastret.training.evaluation import Scores
 from fastret.training.losses import training_loss
 from fastret.training.memory import Peak
 from fastret.training.options import TrainOptions
@@ -65,10 +65,13 @@ class Report:
     options: TrainOptions
     train: Part
     held_out: Part
+    gallery: Part | None
     batch_classes: int
-    before: Retrieval
-    after: Retrieval
+    yardsticks: dict[str, float]
+    before: Scores
+    after: Scores
     history: list[float]
+    width: int
     seconds: Seconds
     memory: Memory
 
@@ -87,17 +90,20 @@ class Report:
         if self.seconds.initialising:
             times += f"; initialising it {self.seconds.initialising:.1f} s"
         loss = training_loss(options.loss)
-        sizes = loss.official_at.format(rows=rows, classes=self.train.classes)
+        sizes = loss.official_at.format(rows=rows, classes=self.train.classes, width=self.width)
+        before, after = self.before.named(), self.after.named()
+        wide = max(10, *(len(name) + 1 for name in (*after, *self.yardsticks)))
+        drawn = f"classes x {options.samples_per_class}" if loss.labelled else f"x {options.samples_per_class} views"
+        searched = "" if self.gallery is None else f"; searched among {self.gallery}"
         return "\n".join(
             [
-                f"Held out: {self.held_out}, never trained on",
-                f"{'':10}{'untrained':>12}{'trained':>12}",
-                f"{'R@1':10}{percent(self.before.recall_at_1):>12}{percent(self.after.recall_at_1):>12}",
-                f"{'R@10':10}{percent(self.before.recall_at_10):>12}{percent(self.after.recall_at_10):>12}",
-                f"{'MAP@R':10}{percent(self.before.map_at_r):>12}{percent(self.after.map_at_r):>12}",
+                f"Held out: {self.held_out}, never trained on{searched}",
+                f"{'':{wide}}{'untrained':>12}{'trained':>12}",
+                *(f"{name:{wide}}{percent(before[name]):>12}{percent(after[name]):>12}" for name in after),
+                *(f"{name:{wide}}{percent(share):>12}" for name, share in self.yardsticks.items()),
                 "",
                 f"{options.loss}, {options.iterations:,} batches of {rows:,} images "
-                f"({self.batch_classes:,} classes x {options.samples_per_class}), {options.device}",
+                f"({self.batch_classes:,} {drawn}), {options.device}",
                 f"  training     {times}",
                 f"  loss memory  {self.memory.describe(loss.official, sizes)}",
             ]

@@ -1,4 +1,4 @@
-"""A whole training run: data, iterations with checkpoints, evaluation on unseen classes, files and summary."""
+"""A whole training run: data, iterations with checkpoints, evaluation on unseen images, files and summary."""
 
 import shlex
 import sys
@@ -10,19 +10,19 @@ import torch
 from tqdm import tqdm
 
 from fastret.training.checkpoint import load_checkpoint, save_checkpoint
-from fastret.training.evaluation import Retrieval, evaluate
+from fastret.training.evaluation import Scores
 from fastret.training.interrupt import Interrupted, deferred_interrupt
 from fastret.training.losses import training_loss
 from fastret.training.memory import Job, measure_peak
 from fastret.training.options import TrainOptions
 from fastret.training.plot import write_plot
-from fastret.training.report import Memory, Part, Report, Seconds
+from fastret.training.report import Memory, Part, Report, Seconds, percent
 from fastret.training.sources import open_data
 from fastret.training.trainer import Trainer
 
 
 def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], None] = print) -> Report:
-    """Train a network, evaluate it on classes it never saw, and write checkpoint.pt, metrics.json and plot.png.
+    """Train a network, evaluate it on images it never saw, and write checkpoint.pt, metrics.json and plot.png.
 
     The same options give the same weights, bit for bit, on the CPU of one machine with the same number of threads,
     whether or not the run was interrupted and resumed.
@@ -43,33 +43,38 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
         options.check_continues(state["options"])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    data = open_data(options.data)
+    data, loss = open_data(options.data), training_loss(options.loss)
     folder.mkdir(parents=True, exist_ok=True)  # now, lest it fail after minutes of training
-    held_out = data.held_out()
-    trainer = Trainer(data.train(), options)
-    say(f"{options.data}: training on {Part.of(trainer.data)}; held out {Part.of(held_out)}")
+    trainer = Trainer(data, options)
+    gallery = None if data.gallery is None else Part.of(data.gallery)
+    searched = "" if gallery is None else f", searched among {gallery}"
+    say(f"{options.data}: training on {Part.of(trainer.data)}; held out {Part.of(data.queries)}{searched}")
+    yardsticks = loss.judge.yardsticks(data, options.bits)
     if state is None:
-        before = evaluate(trainer.model, held_out, options.device)
         trainer.initialise()
+        before = loss.judge.evaluate(trainer.model, trainer.loss, data, options.device)
     else:
-        before = Retrieval(**state["before"])
+        before = loss.judge.scores(**state["before"])
         trainer.load_state_dict(state["trainer"])
         say(f"resumed after {trainer.iteration} of {options.iterations} iterations")
-    say(f"untrained: R@1 {before.recall_at_1:.1%}, R@10 {before.recall_at_10:.1%}, MAP@R {before.map_at_r:.1%}")
+    say(f"untrained: {', '.join(f'{name} {percent(share)}' for name, share in before.named().items())}")
 
     _iterate(trainer, before)
 
     rows, settings = trainer.batch_rows, trainer.settings
     job = Job(options.loss, settings, rows, options.device, torch.get_num_threads())
-    official_bytes = training_loss(options.loss).official_bytes(rows, settings)
+    official_bytes = loss.official_bytes(rows, settings)
     report = Report(
         options=options,
         train=Part.of(trainer.data),
-        held_out=Part.of(held_out),
-        batch_classes=trainer.batches.classes_per_batch,
+        held_out=Part.of(data.queries),
+        gallery=gallery,
+        batch_classes=trainer.batches.classes,
+        yardsticks=yardsticks,
         before=before,
-        after=evaluate(trainer.model, held_out, options.device),
+        after=loss.judge.evaluate(trainer.model, trainer.loss, data, options.device),
         history=trainer.history,
+        width=settings.width,
         seconds=Seconds(trainer.seconds, trainer.loss_seconds, trainer.initialise_seconds),
         memory=Memory(measure_peak(job), official_bytes),
     )
@@ -83,7 +88,7 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
     return report
 
 
-def _iterate(trainer: Trainer, before: Retrieval) -> None:
+def _iterate(trainer: Trainer, before: Scores) -> None:
     """The iterations that are left, with a progress bar and checkpoints."""
     options = trainer.options
 

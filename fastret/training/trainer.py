@@ -1,6 +1,6 @@
 """One iteration of training after another, with a state that can be saved between any two of them.
 
-Class-balanced batches, each image shifted at random, AdamW, a cosine schedule. The loss's forward and its gradients,
+Batches as the loss wants them, AdamW, a cosine schedule. The loss's forward and its gradients,
 with respect to the embeddings and its own parameters, run on a detached copy of the embeddings, so that its share of
 the time is measured on every step and not estimated.
 """
@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 
-from fastret.data import ClassBalancedBatches, ImageSet
-from fastret.training.augment import random_shift
+from fastret.training.batches import ClassBatches, ViewBatches
 from fastret.training.evaluation import BATCH
 from fastret.training.losses import LossSettings, training_loss
 from fastret.training.model import EmbeddingNet
 from fastret.training.options import TrainOptions
+from fastret.training.sources import RetrievalData
 
-SHIFT = 2  # pixels
-
-# Parts with a state_dict of their own; they make up a checkpoint together with the generator and the counters.
+# Parts with a state_dict of their own; they make up a checkpoint together with the history and the counters.
 PARTS = ("model", "loss", "optimizer", "schedule", "batches")
 
 # What it has done so far, in plain values.
@@ -41,10 +39,11 @@ class Trainer:
     """A network in training.
 
     Args:
-        data: the images to train on.
-        options: the recipe; batch_classes is cut to the classes of ``data``.
+        data: the images to train on, and the views that suit them.
+        options: the recipe; batch_classes is cut to the classes there are.
 
     Attributes:
+        data: the images it trains on.
         model, loss: the network and the loss.
         iteration: steps done.
         history: loss of each step.
@@ -52,34 +51,32 @@ class Trainer:
         initialise_seconds: time spent in ``initialise``.
     """
 
-    def __init__(self, data: ImageSet, options: TrainOptions) -> None:
-        self.data = data
+    def __init__(self, data: RetrievalData, options: TrainOptions) -> None:
+        self.data = data.train
         self.options = options
+        recipe = training_loss(options.loss)
         with _seeded(options.seed):
-            self.model = EmbeddingNet(data.images.shape[1], filters=options.filters).to(options.device)
+            self.model = EmbeddingNet(self.data.images.shape[1], filters=options.filters).to(options.device)
             self.settings = LossSettings(
                 options.temperature,
                 options.samples_per_class,
                 options.impl,
-                data.train_classes,
+                self.data.train_classes,
                 self.model.embed.out_features,
+                options.bits,
             )
-            self.loss = training_loss(options.loss).build(self.settings).to(options.device)
+            self.loss = recipe.build(self.settings).to(options.device)
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
         if options.proxy_lr is not None:
-            # No decay: the loss normalises proxies, so their length only sets how far a step turns them. Fused: a
-            # quarter of the time over 20,902 x 128, but other last bits, which the network's weights keep.
+            # No decay: the loss normalises proxies, so their length only sets how far a step turns them, and words lie
+            # where rows do. Fused: a quarter of the time over 20,902 x 128, but other last bits, which the network's
+            # weights keep.
             proxies = list(self.loss.parameters())
             groups.append({"params": proxies, "lr": options.proxy_lr, "weight_decay": 0.0, "fused": True})
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, options.iterations)
-        self.batches = ClassBalancedBatches(
-            data.labels,
-            min(options.batch_classes, data.train_classes),
-            options.samples_per_class,
-            generator=torch.Generator().manual_seed(options.seed),
-        )
-        self.shifts = torch.Generator().manual_seed(options.seed)
+        drawn = (self.data, options.batch_classes, options.samples_per_class, options.seed)
+        self.batches = ClassBatches(*drawn) if recipe.labelled else ViewBatches(*drawn, data.views)
         self.iteration = 0
         self.history: list[float] = []
         self.seconds = 0.0
@@ -88,7 +85,7 @@ class Trainer:
 
     @property
     def batch_rows(self) -> int:
-        return self.batches.classes_per_batch * self.batches.samples_per_class
+        return self.batches.classes * self.options.samples_per_class
 
     def initialise(self) -> None:
         """Fit the loss to the untrained network, where it has such a step; once, before the first iteration."""
@@ -108,9 +105,7 @@ class Trainer:
             ValueError: the loss is no longer finite.
         """
         start = self._now()
-        index = next(self.batches)
-        images = random_shift(self.data.images[index], SHIFT, generator=self.shifts).to(self.options.device)
-        labels = self.data.labels[index].to(self.options.device)
+        images, labels = (part.to(self.options.device) for part in next(self.batches))
         embeddings = self.model(images)
         detached = embeddings.detach().requires_grad_()
 
@@ -135,7 +130,6 @@ class Trainer:
         """All that `load_state_dict` needs to go on as if nothing had happened: tensors and plain values only."""
         return {
             **{name: getattr(self, name).state_dict() for name in PARTS},
-            "shifts": self.shifts.get_state(),
             "history": list(self.history),
             **{name: getattr(self, name) for name in COUNTERS},
         }
@@ -144,7 +138,6 @@ class Trainer:
         """Go on where the trainer that gave ``state`` stood; it must have had the same data and options."""
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self.shifts.set_state(state["shifts"])
         self.history = list(state["history"])
         for name in COUNTERS:
             setattr(self, name, state[name])

@@ -22,13 +22,19 @@ def _tile(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> Optio
     return _options(warps, stages, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **more)
 
 
-def _everywhere(options: Options) -> dict[str, tuple[Options, ...]]:
-    return {"sm_80": (options,), "gfx942": (options,)}
+def _assign(m: int, n: int, warps: int, width: int) -> Options:
+    return _options(warps, 1, BLOCK_M=m, BLOCK_N=n, SLICE=width)
+
+
+def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
+    return {"sm_80": options, "gfx942": options}
 
 
 # scores: tiles of S as they are. sums: reductions along rows of S, for CHUNK positives of a query a sweep.
 # gradient: tiles of S, recomputed, times rows; SLICE, ascending: features a program accumulates in registers.
 # pair scores, pair gradient: BLOCK_P pairs at a time.
+# assign, assign rows, assign words: soft_assign and its gradients, of books whose widths a SLICE holds;
+# float16 rows, the products of which take TF32, as float32.
 # lse, lse gradient: as sums and gradient, for masked_lse. lse heavy: both, for many conditions or for thresholds, which
 # need the same square tiles everywhere.
 # CUDA architectures ascend; one that is not listed takes the nearest older one.
@@ -113,6 +119,29 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
         "gfx942": (_tile(16, 16, 16, 8, 2, SLICE=32),),
     },
+    ("assign", 2): _everywhere(_assign(64, 64, 8, 32), _assign(64, 32, 8, 128)),
+    ("assign", 4): _everywhere(_assign(64, 64, 8, 32), _assign(32, 32, 8, 128)),
+    ("assign", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
+    ("assign rows", 2): {
+        "sm_80": (_assign(64, 64, 8, 32), _assign(64, 16, 8, 128)),
+        "sm_100": (_assign(64, 64, 8, 32), _assign(32, 16, 8, 128)),
+        "gfx942": (_assign(32, 64, 4, 32), _assign(64, 16, 8, 128)),
+    },
+    ("assign rows", 4): {
+        "sm_80": (_assign(64, 32, 8, 32), _assign(32, 16, 8, 128)),
+        "sm_100": (_assign(64, 64, 8, 32), _assign(32, 16, 8, 128)),
+        "gfx942": (_assign(32, 64, 4, 32), _assign(32, 16, 8, 128)),
+    },
+    ("assign rows", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
+    ("assign words", 2): {
+        "sm_80": (_assign(64, 64, 8, 32), _assign(32, 32, 4, 128)),
+        "gfx942": (_assign(64, 32, 4, 32), _assign(32, 32, 4, 128)),
+    },
+    ("assign words", 4): {
+        "sm_80": (_assign(32, 16, 4, 32), _assign(16, 32, 8, 128)),
+        "gfx942": (_assign(32, 32, 4, 32), _assign(32, 16, 8, 128)),
+    },
+    ("assign words", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
     ("gradient", 4): {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
@@ -130,6 +159,9 @@ _INTERPRETED: dict[str, Options] = {
     "lse": _tile(16, 16, 32, 1, 1),
     "lse gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
     "lse heavy": _tile(16, 16, 32, 1, 1, SLICE=32),
+    "assign": _assign(16, 16, 1, 128),
+    "assign rows": _assign(16, 16, 1, 128),
+    "assign words": _assign(16, 16, 1, 128),
     "scores": _tile(16, 16, 32, 1, 1),
     "sums": _tile(16, 16, 32, 1, 1, CHUNK=4),
     "gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
@@ -166,13 +198,14 @@ def lookup(kind: str, device: torch.device, dtype: torch.dtype, width: int = 0) 
     return next((options for options in found if options.get("SLICE", width) >= width), found[-1])
 
 
-def parts(device: torch.device, programs: int, tiles: int) -> int:
-    """Into how many parts to divide sums over ``tiles`` tiles so that few ``programs`` occupy every multiprocessor.
+def parts(device: torch.device, programs: int, tiles: int, resident: int = 1) -> int:
+    """Into how many parts to divide sums over ``tiles`` tiles so that few ``programs`` occupy every multiprocessor,
+    which holds ``resident`` of them.
 
     It follows from shapes and device alone, so that sums are equal from run to run. No part is empty.
     """
     processors = _INTERPRETED_PROCESSORS
     if device.type != "cpu":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    share = -(-tiles // max(1, min(tiles, processors // programs)))
+    share = -(-tiles // max(1, min(tiles, resident * processors // programs)))
     return -(-tiles // share)

@@ -51,18 +51,24 @@ def score_tile(x, y, row, column, width, scale, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def add_weighted_rows(total, weights, y, column, feature, width):
-    """total (M, F) + weights (M, N) @ y[column, feature], features beyond the width as 0.
+def add_weighted(total, weights, rows, dtype: tl.constexpr):
+    """total (M, F) + weights (M, N) @ rows (N, F), the weights and rows taken in the dtype that rows are stored in.
 
-    The weights take the dtype of y. float16 has too little range for gradients: it goes through TF32, which holds
-    float16 rows exactly and gives the weights the same 10 bits.
+    float16 has too little range for gradients: it goes through TF32, which holds float16 rows exactly and gives the
+    weights the same 10 bits.
     """
-    address = y + column.to(tl.int64)[:, None] * width + feature[None, :]
-    rows = tl.load(address, mask=feature[None, :] < width, other=0.0)
-    if rows.dtype == tl.float16:
+    if dtype == tl.float16:
         return tl.dot(weights, rows.to(tl.float32), total, input_precision="tf32")
     else:
-        return tl.dot(weights.to(rows.dtype), rows, total, input_precision="ieee", out_dtype=total.dtype)
+        return tl.dot(weights.to(dtype), rows.to(dtype), total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
+def add_weighted_rows(total, weights, y, column, feature, width):
+    """total (M, F) + weights (M, N) @ y[column, feature], features beyond the width as 0."""
+    address = y + column.to(tl.int64)[:, None] * width + feature[None, :]
+    rows = tl.load(address, mask=feature[None, :] < width, other=0.0)
+    return add_weighted(total, weights, rows, rows.dtype)
 
 
 @triton.jit

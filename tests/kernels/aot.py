@@ -23,9 +23,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastret.kernels.triton import config, masked_lse, pair_dot, pairs, rank_sums, row_extrema
+from fastret.kernels.triton import config, masked_lse, pair_dot, pairs, rank_sums, row_extrema, soft_assign
 
-Choices = Callable[[str], tuple[config.Options, ...]]
+Choices = Callable[..., tuple[config.Options, ...]]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,9 +38,9 @@ SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 99, "gfx942": 64}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 # Kernel arguments by type, where a variant does not say: the rest point to numbers in the dtype of accumulation.
-IN_ROW_DTYPE = ("x", "y", "u", "v")
-INT64 = ("start", "size", "first", "row", "column", "partner", "index")
-INT32 = ("n", "m", "width", "pairs", "first_column")
+IN_ROW_DTYPE = ("x", "y", "u", "v", "logits", "soft", "grad_soft", "grad_hard", "d_rows")
+INT64 = ("start", "size", "first", "row", "column", "partner", "index", "codes")
+INT32 = ("n", "m", "width", "pairs", "first_column", "books", "words")
 
 
 class Variant(NamedTuple):
@@ -67,7 +67,10 @@ class Variant(NamedTuple):
 def variants(architecture: str, dtype: str, thorough: bool) -> list[Variant]:
     """All that a call with rows of this dtype may launch, as far as it takes registers of its own."""
     choices = functools.partial(config.choices, architecture=architecture, itemsize=ITEMSIZE[dtype])
-    of_ops = (rank_sums_variants, masked_lse_variants, pair_sums_variants, row_extrema_variants, pair_dot_variants)
+    of_ops = (
+        *(rank_sums_variants, masked_lse_variants, pair_sums_variants, row_extrema_variants, pair_dot_variants),
+        soft_assign_variants,
+    )
     return [variant for of_op in of_ops for variant in of_op(choices, dtype) if thorough or not variant.rare]
 
 
@@ -183,6 +186,30 @@ def pair_dot_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         yield Variant(pair_dot.pair_scores_kernel, {**options})
     for options in choices("pair gradient"):
         yield Variant(pair_dot.pair_gradient_kernel, {**options})
+
+
+def soft_assign_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """With everything that can be asked for of keys with biases, and of logits; and what a product quantizer asks."""
+    rows, words = soft_assign.soft_assign_row_gradient_kernel, soft_assign.soft_assign_word_sums_kernel
+    given = {"x": None, "keys": None, "bias": None}
+    alone = {"grad_hard": None, "grad_usage": None, "grad_purity": None}
+    no_sums = {"dkeys": None, "dbias": None}
+    straight, plain = {"STRAIGHT": True}, {"STRAIGHT": False}
+    for kernel, kind, constants in (
+        (soft_assign.soft_assign_kernel, "assign", {}),
+        (rows, "assign rows", straight),
+        (words, "assign words", straight),
+    ):
+        for k, options in enumerate(choices(kind, itemsize=4) if dtype == "fp16" else choices(kind)):
+            width = options["SLICE"]
+            launch = {**options, "KEY_WIDTH": width, "WORD_WIDTH": width, **constants}
+            yield Variant(kernel, launch, "keys", {"logits": None, "usage": None}, k == 0)
+            yield Variant(kernel, {**launch, "KEY_WIDTH": 0}, "logits", given | no_sums, True)
+            if kernel is not soft_assign.soft_assign_kernel:
+                yield Variant(kernel, {**launch, **plain}, "PQ", {"logits": None, "usage": None, **alone}, True)
+            if kernel is words:
+                used = {"logits": None, "dcodebook": None, "grad_soft": None, "mean_slope": None, **no_sums, **alone}
+                yield Variant(kernel, {**launch, **plain}, "usage", used, True)
 
 
 def described(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any]) -> Any:

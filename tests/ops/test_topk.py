@@ -160,6 +160,23 @@ def test_small_integers_are_ranked_alike_everywhere(
 
 
 @pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_one_neighbour_of_many(impl: str, metric: str, dtype: torch.dtype) -> None:
+    """Several tiles and a tail, ties, masks, NaN and both zeros: of the best the first."""
+    for m in (1, 5, 256, 700):
+        x, y = torch.randint(-2, 3, (50, 3)).to(dtype), torch.randint(-2, 3, (m, 3)).to(dtype)
+        y[m // 2] = math.nan
+        for mask in MASKS.values():
+            options = {"metric": metric, "mask": mask(50, m), "first_column": 3}
+            scores, indices = topk(x, y, k=max(2, m), **options, impl="reference")
+            one = topk(x, y, k=1, **options, impl=impl)
+            torch.testing.assert_close(one, (scores[:, :1], indices[:, :1]), rtol=0, atol=0)
+    _, indices = topk(-torch.zeros(1, 2, dtype=dtype), torch.ones(300, 2, dtype=dtype), k=1, metric="dot", impl=impl)
+    assert indices.item() == 0
+
+
+@pytest.mark.parametrize("impl", FUSED)
 def test_ties_go_to_the_lowest_column(impl: str) -> None:
     """Across tiles, candidates dropped in between, and with a cut among equals."""
     y = torch.eye(4)[torch.arange(6000) % 4]

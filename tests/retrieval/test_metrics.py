@@ -70,17 +70,31 @@ def test_equals_loops(own_gallery: bool, dtype: torch.dtype, budget: int, monkey
 
 @pytest.mark.parametrize("budget", [1, 300, 1 << 20], ids=lambda b: f"budget {b}")
 @pytest.mark.parametrize("largest", [1, 20])
-def test_one_ranking_gives_recall_and_map_at_r(budget: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "names", [("recall", "map-at-r"), ("map", "r-precision", "recall"), ("r-precision", "map-at-r")]
+)
+def test_one_ranking_gives_several(
+    budget: int, largest: int, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever of k and R is larger; equal rows stand on both sides of every cut."""
     monkeypatch.setattr(metrics, "BUDGET", budget)
     x = torch.randn(8, 3).repeat(6, 1)
     labels = torch.randint(0, 7, (48,))
-    recalls, precision = metrics.recall_and_map_at_r(x, labels, ks=(1, largest))
-    assert recalls == recall_at_k(x, labels, ks=(1, largest))
-    assert precision == map_at_r(x, labels)
-    expected = _loops(x.double(), labels, None, None, (1, largest))
-    assert precision == pytest.approx(expected["map_at_r"], abs=1e-6)
-    assert recalls == pytest.approx({k: expected[f"recall@{k}"] for k in (1, largest)})
+    ks = (1, largest)
+    alone = {f"recall@{k}": share for k, share in recall_at_k(x, labels, ks=ks).items()}
+    expected = _loops(x.double(), labels, None, None, ks)
+    truth = {f"recall@{k}": expected[f"recall@{k}"] for k in ks}
+    for name, function, key in (
+        ("r-precision", r_precision, "r_precision"),
+        ("map-at-r", map_at_r, "map_at_r"),
+        ("map", mean_average_precision, "map"),
+    ):
+        alone[name], truth[name] = function(x, labels), expected[key]
+    found = metrics.rank_metrics(x, labels, names, ks)
+    wanted = [name for name in alone if name.split("@")[0] in names]
+    assert set(found) == set(wanted)
+    assert found == {name: pytest.approx(alone[name], abs=1e-7) for name in wanted}
+    assert found == {name: pytest.approx(truth[name], abs=1e-6) for name in wanted}
 
 
 def test_map_at_r_by_hand() -> None:

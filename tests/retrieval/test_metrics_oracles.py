@@ -46,6 +46,43 @@ def test_pytorch_metric_learning(seed: int, own: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("own", [True, False], ids=["leave-one-out", "gallery"])
+def test_pytorch_metric_learning_with_ties(seed: int, own: bool) -> None:
+    """Rows of few directions, so that rows of several classes tie at every cut, pairs and singletons among the classes.
+
+    pytorch-metric-learning judges a ranking by exact cosines, of equal ones the lower index first.
+    """
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    def ranked(query: Tensor, k: int, rows: Tensor, leave_one_out: bool) -> tuple[Tensor, Tensor]:
+        scores = query.sign() @ rows.sign().T  # one feature is not 0: exact
+        if leave_one_out:
+            scores.fill_diagonal_(-torch.inf)
+        found = scores.sort(dim=1, descending=True, stable=True)
+        return found.values[:, :k], found.indices[:, :k]
+
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(30), torch.tensor([1, 2, 2, 3, 9] * 6))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    x = torch.eye(5)[torch.randint(0, 5, (len(labels),), generator=generator)]
+    x *= torch.randint(1, 9, (len(labels), 1), generator=generator)
+    names = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+    calculator = AccuracyCalculator(include=names, k="max_bin_count", device=torch.device("cpu"), knn_func=ranked)
+    queries = slice(None) if own else slice(40)
+    gallery = () if own else (x[40:], labels[40:])
+    theirs = calculator.get_accuracy(x[queries], labels[queries], *gallery)
+    given = {} if own else {"gallery": gallery[0], "gallery_labels": gallery[1]}
+    assert queries_without_match(labels[queries], given.get("gallery_labels")) > 0
+    mine = (
+        recall_at_k(x[queries], labels[queries], ks=(1,), **given)[1],
+        r_precision(x[queries], labels[queries], **given),
+        map_at_r(x[queries], labels[queries], **given),
+    )
+    assert mine == pytest.approx([theirs[name] for name in names], abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("own", [True, False], ids=["leave-one-out", "gallery"])
 def test_scikit_learn_and_faiss(seed: int, own: bool) -> None:
     """Average precision of each query by itself; recall from the neighbours that faiss finds."""
     average_precision_score = pytest.importorskip("sklearn.metrics").average_precision_score

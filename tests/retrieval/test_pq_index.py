@@ -250,8 +250,7 @@ def test_to_faiss_and_back(words: int, metric: str, books: int) -> None:
     torch.testing.assert_close(scores, values, rtol=1e-5, atol=1e-5)
     same = index.codes[places] == index.codes[indices]  # copies of a code in another order; near ones by rounding
     assert same.all(2).float().mean() > 0.99
-    decoded = torch.as_tensor(theirs.reconstruct_n(0, 700))  # a tensor, where faiss.contrib.torch_utils was imported
-    torch.testing.assert_close(decoded, index.reconstruct(torch.arange(700)))
+    torch.testing.assert_close(torch.as_tensor(theirs.reconstruct_n(0, 700)), index.reconstruct(torch.arange(700)))
     again = PQIndex.from_faiss(theirs)
     assert again.metric == metric
     assert torch.equal(again.codebook, index.codebook)

@@ -70,8 +70,9 @@ def test_ctrl_c_outside_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", "nowhere"], "data: expected glyphs, glyphs-s, cjk, a directory"),
+        (["train", "--data", "nowhere"], "data: expected glyphs, glyphs-s, cjk, fashion, a directory"),
         (["train", "--data", "cjk", "--loss", "proxy-nca"], "python scripts/render_glyphs.py l renders it"),
+        (["train", "--data", "fashion"], "install Debian's package, apt-get update && apt-get install dataset-fashion"),
         (["train", "--data", "glyphs-s"], "python scripts/render_glyphs.py s renders it"),
         (["train", "--lr", "0"], "lr: expected a positive"),
         (["train", "--iterations", "0"], "iterations: expected at least 1, got 0"),
@@ -92,6 +93,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing has been rendered
+    monkeypatch.setenv("FASTRET_DATA", str(tmp_path))
     try:
         code: int | str | None = cli.main(arguments)
     except SystemExit as stopped:
@@ -111,10 +113,12 @@ def test_help_names_the_recipe_of_every_loss(
         cli.main(["train", "--help"])
     out = capsys.readouterr().out
     recipe = LOSSES["proxy-nca"].recipe
-    assert f"batches to train on (default: 150; {recipe.iterations} with proxy-nca)" in out
-    others = f"0.1 with nt-xent, 0.1 with sup-con, {recipe.temperature} with proxy-nca"
+    assert f"batches to train on (default: 150; {recipe.iterations} with proxy-nca" in out
+    spq = LOSSES["spq"].recipe
+    others = f"0.1 with nt-xent, 0.1 with sup-con, {recipe.temperature} with proxy-nca, {spq.temperature} with spq"
     assert f"temperature of the loss (default: 0.01; {others})" in out
-    assert f"its proxies (default: {recipe.proxy_lr} with proxy-nca)" in out
+    assert f"its proxies or words (default: {recipe.proxy_lr} with proxy-nca, {spq.proxy_lr} with spq)" in out
+    assert f"bits of an image's code (default: {spq.bits} with spq)" in out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -37,6 +37,7 @@ def test_what_other_codes_need_for_a_thousand_rows() -> None:
         "sup-con": 47.4e6,
         "multi-similarity": 71.3e6,
         "proxy-nca": 12.3e9,
+        "spq": 4.40e9,
     }
     assert needed == pytest.approx(expected, rel=2e-3)
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastret.data import ImageSet, load_glyphs
 from fastret.data.glyphs import rendered_file
 from fastret.training import TrainOptions, train
 from fastret.training.evaluation import embed
 from fastret.training.losses import LOSSES
-from fastret.training.sources import open_data
+from fastret.training.sources import RetrievalData, open_data
 from fastret.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_memory_process")
@@ -34,8 +33,8 @@ def proxy_options(options: Build) -> Build:
     return build
 
 
-def _data(options: TrainOptions) -> ImageSet:
-    return load_glyphs(options.data).train()
+def _data(options: TrainOptions) -> RetrievalData:
+    return open_data(options.data)
 
 
 def test_options_left_out_are_the_recipe_of_the_loss() -> None:
@@ -121,7 +120,7 @@ def test_rendered_sets_are_found_in_the_cache(
         assert rendered_file(rendered) == tmp_path / "fastret" / f"glyphs_{rendered}.npz"
         rendered_file(rendered).parent.mkdir(exist_ok=True)
         rendered_file(rendered).write_bytes(glyph_file.read_bytes())
-        assert open_data(name).train_classes == 40
+        assert open_data(name).train.train_classes == 40
 
 
 def test_the_cache_is_in_the_home_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,23 @@
+"""patchmix in C++ (csrc/cpu/patchmix.cpp)."""
+
+import torch
+from torch import Tensor
+
+from fastret import _C
+from fastret.backends.cpu.array import array
+
+
+def forward(x: Tensor, groups: Tensor, patch: int) -> Tensor:
+    """out[b, t] = x[(b + groups[t]) mod B, t]."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if not x.numel():
+        return out
+    if x.dim() == 4:
+        planes, height, width = x.shape[1:]
+        sizes = (planes, height // patch, patch, width // patch, patch * x.element_size())
+    else:
+        sizes = (1, x.shape[1], 1, 1, x.shape[2] * x.element_size())
+    source, target = (t.flatten(1).view(torch.uint8) for t in (x, out))
+    _C.patchmix(array(source), array(groups.contiguous()), sizes, torch.get_num_threads(), array(target))
+    return out

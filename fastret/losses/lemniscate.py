@@ -1,0 +1,140 @@
+"""The modules of NPID's released code, with its constructors, buffers and results, on fastret's ops.
+
+    NCEAverage(D, C, K)(x, y) -> P (B, K + 1)        P_ik = exp(<x_i, M_{c_ik}> / T) / Z, the image's own first
+    NCECriterion(C)(P, y) -> loss (1,)               as ``fastret.functional.nce``, eps = 1e-7
+    LinearAverage(D, C)(x, y) -> (B, C)              <x_i, M_j> / T, for a cross-entropy
+
+Each forward's rows update ``memory`` in its backward. ``fastret.NPID`` is the first two in one, and in logarithms;
+``fastret.InstanceSoftmax`` is the third with its cross-entropy, without the (B, C) matrix.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastret.losses.memory_bank import INITS
+from fastret.losses.npid import update_in_backward
+from fastret.ops import checks
+from fastret.ops.sampled_dot import sampled_dot
+from fastret.ops.update_rows import check_update, update_rows_
+
+EPS = 1e-7
+
+
+class NCEAverage(nn.Module):
+    """Likelihoods of the image and of K drawn ones: ``NCEAverage(128, len(data), 4096)(x, index)``.
+
+    Memory: a few times B (K + 1) scores, where the released code gathers B (K + 1) rows.
+
+    Args:
+        inputSize: D. outputSize: C, images. K: noise columns, at least 1.
+        T: temperature. momentum: mu, of the old row.
+        Z: ignored, as in the released code: the first forward sets it.
+
+    Attributes:
+        memory: (C, D). params: [K, T, Z, momentum] in float32, where Z is -1 until it is set; of a checkpoint's, Z
+            alone is taken, the others are the constructor's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is expected.
+    """
+
+    memory: Tensor
+    params: Tensor
+    draws: Tensor
+
+    def __init__(
+        self,
+        inputSize: int,
+        outputSize: int,
+        K: int,
+        T: float = 0.07,
+        momentum: float = 0.5,
+        Z: float | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_integer(K, "K", 1)
+        self.K, self.T, self.momentum = K, T, momentum
+        self.register_buffer("memory", _memory(inputSize, outputSize, T, momentum))
+        self.register_buffer("params", torch.tensor([K, T, -1.0, momentum]))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64), persistent=False)  # no such state there
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, K + 1) of ``x`` (B, D), unit rows, the images ``y`` (B,)."""
+        x = _updating(self, x, y, self.memory, self.momentum)
+        likelihood = (sampled_dot(x, self.memory, first=y, count=self.K, seed=self.draws.clone()) / self.T).exp()
+        self.draws += 1 << 32
+        Z = torch.where(self.params[2] > 0, self.params[2], likelihood.detach().mean() * self.memory.shape[0])
+        self.params[2] = Z
+        return likelihood / Z
+
+
+class NCECriterion(nn.Module):
+    """NCE loss of ``NCEAverage``'s likelihoods: ``NCECriterion(len(data))(P, index)``.
+
+    L = -mean over i of log(P_i0 / (P_i0 + c)) + sum over k >= 1 of log(c0 / (P_ik + c)),   c0 = K / C, c = c0 + 1e-7
+
+    Args:
+        nLem: C, images.
+    """
+
+    def __init__(self, nLem: int) -> None:
+        super().__init__()
+        checks.check_integer(nLem, "nLem", 1)
+        self.nLem = nLem
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(1,) loss of ``x`` (B, K + 1); the targets, which the first column stands for, are not read."""
+        checks.check_rows(x, "x")
+        ratio = (x.shape[1] - 1) / self.nLem
+        c = ratio + EPS
+        own, noise = x[:, 0], x[:, 1:]
+        return (torch.log1p(c / own).sum() + torch.log((noise + c) / ratio).sum()).reshape(1) / x.shape[0]
+
+
+class LinearAverage(nn.Module):
+    """Scores against every row of a memory: ``LinearAverage(128, len(data))(x, index)``, for a cross-entropy.
+
+    Memory: (B, C) logits, which are its result; ``fastret.InstanceSoftmax`` is the loss without them.
+
+    Args:
+        inputSize: D. outputSize: C, images. T: temperature. momentum: mu, of the old row.
+
+    Attributes:
+        memory: (C, D). params: [T, momentum] in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is expected.
+    """
+
+    memory: Tensor
+    params: Tensor
+
+    def __init__(self, inputSize: int, outputSize: int, T: float = 0.07, momentum: float = 0.5) -> None:
+        super().__init__()
+        self.T, self.momentum = T, momentum
+        self.register_buffer("memory", _memory(inputSize, outputSize, T, momentum))
+        self.register_buffer("params", torch.tensor([T, momentum]))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, C) of ``x`` (B, D), unit rows, the images ``y`` (B,)."""
+        x = _updating(self, x, y, self.memory, self.momentum)
+        return x @ self.memory.T / self.T
+
+
+def _memory(inputSize: int, outputSize: int, T: float, momentum: float) -> Tensor:
+    checks.check_integer(inputSize, "inputSize", 1)
+    checks.check_integer(outputSize, "outputSize", 1)
+    checks.check_positive(T, "T")
+    check_update(momentum, "old", "last")
+    return INITS["uniform"](torch.empty(outputSize, inputSize))
+
+
+def _updating(module: nn.Module, x: Tensor, y: Tensor, memory: Tensor, momentum: float) -> Tensor:
+    """x, whose backward updates the memory."""
+    checks.check_rows(x, "x")
+    checks.check_labels(y, x, "y")
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{type(module).__name__}: its update in backward is eager only; fastret.NPID(update='manual') compiles"
+        )
+    return update_in_backward(x, y, lambda index, rows: update_rows_(memory, index, rows, momentum=momentum))

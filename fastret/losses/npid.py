@@ -1,0 +1,176 @@
+"""NPID: a memory bank with a row an image, noise drawn from it, and the loss that tells an image from the noise.
+
+Wu, Xiong, Yu, Lin: Unsupervised Feature Learning via Non-Parametric Instance Discrimination. CVPR 2018,
+arXiv 1805.01978. The loss is that of ``fastret.functional.nce``. What the paper leaves open, as in the released code:
+
+    noise   K columns a row, uniform over the bank, with replacement; the image itself may be among them
+    Z       set by the first batch, C times the mean of exp(<x_i, M_{c_ik}> / tau) over all B (K + 1) scores, and
+            constant from then on, in that batch too
+    bank    M_y <- normalise(mu M_y + (1 - mu) x) in backward, before the optimiser's step, of the rows of this forward
+
+Articles about it differ: one Z a place in the batch (``Z_rows``), no eps, the weights of the bank's update exchanged
+(``convention="new"``), and the update after the optimiser's step (``update="manual"``).
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastret.backends.rows import unit_rows
+from fastret.losses.memory_bank import MemoryBank
+from fastret.losses.nce import check_eps, nce_of_logits
+from fastret.losses.reduction import check_reduction
+from fastret.ops import checks
+from fastret.ops.sampled_dot import sampled_dot
+
+UPDATES = ("backward", "manual")
+
+
+class NPID(nn.Module):
+    """Non-parametric instance discrimination: ``loss = NPID(len(data), 128)(x, index)``.
+
+    L = mean over i of softplus(-a_i0) + sum over k of softplus(a_ik) + K log(1 + eps / c0),
+    a_ik = <x_i, M_{c_ik}> / tau - log Z - log(K / C + eps)
+
+    Cost: B K D products in each direction, and as many reads of the bank. Memory: a few times B (K + 1) scores beside
+    the bank; neither the drawn columns nor their rows are stored. Nothing waits for the device. All state, that of the
+    noise too, is in the state_dict: a run that goes on draws what it would have drawn.
+
+    With update="backward" a backward that runs twice updates twice, and a loss without backward not at all. Two losses
+    of one bank cannot wait for one backward: the first to run changes rows that the second needs, an error of autograd.
+    Under activation checkpointing the loss has to stay outside, as its noise would be drawn again.
+
+    Args:
+        size: C, images. dim: D.
+        num_noise: K >= 1.
+        temperature: tau > 0.
+        momentum: mu in [0, 1]. convention: "old", mu weighs the old row; "new", the new one.
+        eps: >= 0; articles: 0.
+        update: "backward", as the official code, eager only; "manual": call ``update_(x, index)``, which also compiles.
+        Z: the normaliser where it is known; None: of the first batch.
+        Z_rows: the batch size, for one Z a place in the batch, as articles have it; None: one Z.
+        normalize: x to unit rows; False: as given, which the official code expects to be unit rows.
+        init, duplicates, dtype: of the bank, as in ``fastret.MemoryBank``.
+        seed: of the noise, from 0 to 2^32 - 1.
+        reduction: "mean", "sum", or "none": (B,).
+        impl: as in ``fastret.ops.sampled_dot``.
+
+    Attributes:
+        bank: the ``MemoryBank``. Z: 0-dim (or (Z_rows,)) float32, -1 until it is known.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is expected.
+    """
+
+    citation: ClassVar[str] = (
+        "@inproceedings{wu2018unsupervised, "
+        "title={Unsupervised Feature Learning via Non-Parametric Instance Discrimination}, "
+        "author={Wu, Zhirong and Xiong, Yuanjun and Yu, Stella X. and Lin, Dahua}, "
+        "booktitle={Conference on Computer Vision and Pattern Recognition}, year={2018}}"
+    )
+    Z: Tensor
+    draws: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        num_noise: int = 4096,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        convention: str = "old",
+        eps: float = 1e-7,
+        update: str = "backward",
+        Z: float | None = None,
+        Z_rows: int | None = None,
+        normalize: bool = False,
+        init: str = "uniform",
+        duplicates: str = "last",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        reduction: str = "mean",
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_integer(num_noise, "num_noise", 1)
+        checks.check_positive(temperature, "temperature")
+        check_eps(eps)
+        if update not in UPDATES:
+            raise ValueError(f"update: expected one of {', '.join(UPDATES)}, got {update!r}")
+        if Z is not None:
+            checks.check_positive(Z, "Z")
+        checks.check_count(Z_rows, "Z_rows")
+        checks.check_integer(seed, "seed", 0)
+        if seed >= 2**32:
+            raise ValueError(f"seed: expected a number below 2^32, got {seed}")
+        check_reduction(reduction)
+        self.bank = MemoryBank(
+            size, dim, momentum=momentum, convention=convention, duplicates=duplicates, init=init, dtype=dtype
+        )
+        self.num_noise, self.temperature, self.eps, self.update = num_noise, temperature, eps, update
+        self.normalize, self.reduction, self.impl = normalize, reduction, impl
+        self.register_buffer("Z", torch.full(() if Z_rows is None else (Z_rows,), -1.0 if Z is None else Z))
+        self.register_buffer("draws", torch.tensor(seed))  # 64 bits: the number of the batch above the seed
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """Loss of ``x`` (B, D), the images ``index`` (B,) from 0 to size - 1."""
+        checks.check_rows(x, "x")
+        checks.check_labels(index, x, "index")
+        if self.Z.dim() and x.shape[0] != self.Z.shape[0]:
+            raise ValueError(
+                f"x: expected {self.Z.shape[0]} rows, one for each Z (drop the last batch), got {x.shape[0]}"
+            )
+        x = unit_rows(x) if self.normalize else x
+        if self.update == "backward" and self.training and torch.is_grad_enabled() and x.requires_grad:
+            if torch.compiler.is_compiling():
+                raise NotImplementedError("NPID: update='backward' is eager only; update='manual' compiles")
+            x = update_in_backward(x, index, self.bank.update_)
+        rows = x.to(self.bank.memory.dtype) if torch.float64 in (x.dtype, self.bank.memory.dtype) else x
+        logits = sampled_dot(
+            rows, self.bank.memory, first=index, count=self.num_noise, seed=self.draws.clone(), impl=self.impl
+        )
+        logits = logits / self.temperature
+        return nce_of_logits(logits, self._normalizer(logits), self.bank.size, self.eps, self.reduction)
+
+    @torch.no_grad()
+    def _normalizer(self, logits: Tensor) -> Tensor:
+        """Z, of this batch where there is none yet; and on to the noise of the next."""
+        likelihood = logits.exp().mean(1) if self.Z.dim() else logits.exp().mean()
+        Z = torch.where(self.Z > 0, self.Z, likelihood.to(self.Z.dtype) * self.bank.size)
+        if self.training:
+            self.Z.copy_(Z)
+            self.draws += 1 << 32
+        return Z
+
+    def update_(self, x: Tensor, index: Tensor) -> None:
+        """Update the bank's rows ``index`` with ``x``: with update="manual", after the optimiser's step for example."""
+        self.bank.update_(index, unit_rows(x.detach()) if self.normalize else x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_noise={self.num_noise}, temperature={self.temperature}, update={self.update!r}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+def update_in_backward(x: Tensor, index: Tensor, update: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """x; its gradient calls ``update(index, x)`` on the way, once all that needs the bank as it was has run."""
+    rows: Tensor = _UpdateInBackward.apply(x, index, update)
+    return rows
+
+
+class _UpdateInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, update: Callable[[Tensor, Tensor], object]) -> Tensor:
+        ctx.save_for_backward(x, index)
+        ctx.update = update
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, index = ctx.saved_tensors
+        ctx.update(index, x)
+        return grad, None, None

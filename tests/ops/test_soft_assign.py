@@ -1,0 +1,301 @@
+"""soft_assign against a direct loop and its reference, and what PyTorch expects of an operator."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastret.backends import registry
+from fastret.backends.registry import Call
+from fastret.backends.tiled import soft_assign as tiled
+from fastret.ops import SoftAssign, soft_assign
+
+F64 = torch.float64
+FUSED = [
+    impl
+    for impl in ("tiled", "cpu", "triton")
+    if registry.IMPLEMENTATIONS[impl].unsupported(Call("soft_assign", "cpu", torch.float32)) is None
+]
+EVERYTHING: dict[str, Any] = {"hard": "straight-through", "usage": True, "purity": True}
+SOURCES = ("distances", "tensor tau", "keys", "keys without bias", "logits")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "BUDGET", 64)
+
+
+def case(
+    source: str, n: int = 9, books: int = 3, words: int = 5, width: int = 4, dtype: torch.dtype = F64
+) -> dict[str, Any]:
+    """Arguments of soft_assign, of which every floating point tensor asks for its gradient."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    arguments: dict[str, Any] = {"x": leaf(n, books * width), "codebook": leaf(books, words, width)}
+    if source == "distances":
+        arguments["tau"] = 0.7
+    elif source == "tensor tau":
+        arguments["tau"] = torch.tensor(0.7, dtype=dtype).requires_grad_()
+    elif source == "logits":
+        arguments |= {"x": None, "logits": leaf(n, books * words)}
+    else:
+        arguments |= {"x": leaf(n, books * (width + 2)), "keys": leaf(books, words, width + 2)}
+        if source == "keys":
+            arguments["bias"] = leaf(books, words)
+    return arguments
+
+
+def leaves(arguments: dict[str, Any]) -> list[Tensor]:
+    return [t for t in arguments.values() if isinstance(t, Tensor)]
+
+
+def by_loops(arguments: dict[str, Any]) -> SoftAssign:
+    """The definition, an element at a time."""
+    codebook, x, logits = arguments["codebook"], arguments["x"], arguments.get("logits")
+    books, words, width = codebook.shape
+    n = len(logits if x is None else x)
+    soft, hard = torch.zeros(2, n, books * width, dtype=F64)
+    codes, purity = torch.zeros(n, books, dtype=torch.int64), torch.zeros(n, books, dtype=F64)
+    usage = torch.zeros(books, words, dtype=F64)
+    for i in range(n):
+        for m in range(books):
+            score = []
+            for k in range(words):
+                if logits is not None:
+                    score.append(logits[i, m * words + k])
+                elif "keys" in arguments:
+                    key = arguments["keys"][m, k]
+                    bias = arguments["bias"][m, k] if "bias" in arguments else 0
+                    score.append(x[i, m * len(key) : (m + 1) * len(key)] @ key + bias)
+                else:
+                    part = x[i, m * width : (m + 1) * width]
+                    score.append(-arguments["tau"] * (part - codebook[m, k]).square().sum())
+            p = torch.stack(score).softmax(0)
+            place = slice(m * width, (m + 1) * width)
+            codes[i, m] = int(torch.stack(score).argmax())
+            soft[i, place] = sum(p[k] * codebook[m, k] for k in range(words))
+            hard[i, place] = codebook[m, codes[i, m]]
+            usage[m] += p / n
+            purity[i, m] = p.square().sum()
+    return SoftAssign(codes, soft, hard, usage, purity)
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.usefixtures("small_blocks")
+def test_equals_a_direct_loop(impl: str, source: str) -> None:
+    arguments = case(source)
+    with torch.no_grad():
+        expected = by_loops(arguments)
+        result = soft_assign(**arguments, **EVERYTHING, impl=impl)
+        torch.testing.assert_close(tuple(result), tuple(expected))
+        for hard in (None, "detached"):
+            some = soft_assign(**arguments, hard=hard, soft=False, impl=impl)
+            assert torch.equal(some.codes, expected.codes)
+            assert some.soft is some.usage is some.purity is None
+            assert (some.hard is None) == (hard is None)
+            if some.hard is not None:
+                assert torch.equal(some.hard, result.hard)
+
+
+def value(result: SoftAssign) -> Tensor:
+    """A number that depends on everything there is."""
+    return sum((k + 1) * t.sin().sum() for k, t in enumerate(result[1:]) if t is not None)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"soft": False, "hard": "straight-through"},
+        {"hard": "detached"},
+        {"soft": False, "hard": "detached"},
+        {"soft": False, "usage": True},
+        {"soft": False, "purity": True},
+        EVERYTHING,
+    ],
+    ids=lambda wanted: "+".join(f"{k}={v}" for k, v in wanted.items()) or "soft",
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_gradients_equal_the_reference(impl: str, source: str, wanted: dict[str, Any]) -> None:
+    arguments = case(source, n=21, books=2, words=7)
+    mine, expected = (
+        torch.autograd.grad(
+            7 * value(soft_assign(**arguments, **wanted, impl=i)), leaves(arguments), materialize_grads=True
+        )
+        for i in (impl, "reference")
+    )
+    torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("source", SOURCES)
+def test_gradcheck_opcheck_and_refusal(impl: str, source: str) -> None:
+    arguments = case(source, n=3, books=2, words=3, width=2)
+    names = [name for name, t in arguments.items() if isinstance(t, Tensor)]
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        result = soft_assign(**(arguments | dict(zip(names, tensors, strict=True))), usage=True, purity=True, impl=impl)
+        return result.soft, result.usage, result.purity
+
+    # interpreted kernels take too long to be differentiated element by element
+    assert torch.autograd.gradcheck(outputs, leaves(arguments), fast_mode=impl == "triton")
+    (gradient, *_) = torch.autograd.grad(outputs(*leaves(arguments))[0].sum(), leaves(arguments), create_graph=True)
+    with pytest.raises(NotImplementedError, match="second differentiation; impl='reference' does"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_opcheck(impl: str) -> None:
+    operators = torch.ops.fastret
+    x, keys, bias, codebook = (torch.randn(s, dtype=F64) for s in ((5, 6), (2, 4, 3), (2, 4), (2, 4, 5)))
+    logits, codes = torch.randn(5, 8, dtype=F64), torch.randint(0, 4, (5, 2))
+    lse = torch.randn(5, 2, dtype=F64).abs() + 9
+    grads = (torch.randn(5, 10, dtype=F64), torch.randn(5, 10, dtype=F64), torch.randn(2, 4, dtype=F64), lse)
+    for scores in ((x, keys, bias, None), (None, None, None, logits)):
+        for flags in ((True, True, True), (False, False, False)):
+            torch.library.opcheck(operators.soft_assign.default, (*scores, codebook, *flags, impl))
+        arguments = (*grads, lse, codes, *scores, codebook, True, True, True, impl)
+        torch.library.opcheck(operators.soft_assign_backward.default, arguments)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("source", SOURCES)
+def test_compile_and_torch_func(impl: str, source: str) -> None:
+    arguments = case(source)
+    rows = "logits" if source == "logits" else "x"
+    x = arguments.pop(rows).detach()
+    if rows == "logits":
+        arguments.pop("x")
+    arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+    def loss(a: Tensor, impl: str) -> Tensor:
+        given = {"x": None, rows: a} | arguments
+        return value(soft_assign(**given, **EVERYTHING, impl=impl))
+
+    one, two = (torch.func.grad(lambda a, impl=impl: loss(a, impl))(x) for impl in (impl, "reference"))
+    torch.testing.assert_close(one, two)
+    batch = torch.randn(3, *x.shape, dtype=F64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        many = torch.vmap(torch.func.grad(lambda a: loss(a, impl)))(batch)
+    torch.testing.assert_close(many, torch.stack([torch.func.grad(lambda a: loss(a, impl))(a) for a in batch]))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: loss(a, impl), fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(x.requires_grad_()), x)
+    torch.testing.assert_close(gradient, two)
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+def test_ties_go_to_the_first_word_and_gradients_of_a_row_balance(impl: str) -> None:
+    arguments = case("distances", n=33)
+    codebook = arguments["codebook"]
+    with torch.no_grad():
+        codebook[:, 3] = codebook[:, 1]
+    result = soft_assign(**arguments, impl=impl)
+    assert not (result.codes == 3).any()
+    assert (result.codes == 1).any()
+    # sum over k of b is 0: a common shift of rows and words changes nothing
+    dx, dc = torch.autograd.grad((result.soft - arguments["x"]).square().sum(), (arguments["x"], codebook))
+    shifted = {"x": (arguments["x"] + 3).detach().requires_grad_(), "codebook": (codebook + 3).detach()}
+    shifted["codebook"].requires_grad_()
+    again = soft_assign(**shifted, tau=0.7, impl=impl)
+    torch.testing.assert_close(again.soft - 3, result.soft)
+    torch.testing.assert_close(
+        torch.autograd.grad((again.soft - shifted["x"]).square().sum(), tuple(shifted.values())), (dx, dc)
+    )
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+@pytest.mark.parametrize("n", [0, 1, 7, 64, 65])
+def test_any_number_of_rows_and_views_of_rows(impl: str, n: int) -> None:
+    arguments = case("distances", n=2 * n + 1, dtype=torch.float32)
+    x = arguments["x"].detach()
+    strided = soft_assign(x[1::2], arguments["codebook"], 0.7, impl=impl)
+    plain = soft_assign(x[1::2].clone(), arguments["codebook"].clone(), 0.7, impl=impl)
+    assert strided.soft.shape == (n, 12)
+    assert torch.equal(strided.soft, plain.soft)
+    assert torch.equal(strided.codes, plain.codes)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_the_naive_path(impl: str, dtype: torch.dtype) -> None:
+    exact = case("distances", n=65, books=2, words=17, width=8)
+    given = {k: v.detach().to(dtype) if isinstance(v, Tensor) else v for k, v in exact.items()}
+    truth = {k: v.double().requires_grad_() if isinstance(v, Tensor) else v for k, v in given.items()}
+    naive, mine = (
+        {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in given.items()} for _ in range(2)
+    )
+    parts = naive["x"].unflatten(1, (2, 8))
+    p = (-0.7 * (parts[:, :, None] - naive["codebook"]).square().sum(3)).softmax(2)
+    dense = torch.einsum("nmk,mkl->nml", p, naive["codebook"]).flatten(1)
+    result = soft_assign(**mine, impl=impl).soft
+    expected = soft_assign(**truth, impl="reference").soft
+    assert result.dtype == dtype
+    values = [expected, dense, result]
+    for first, *rest in (
+        values,
+        *zip(
+            *(
+                torch.autograd.grad(v.double().square().sum(), leaves(a))
+                for v, a in zip(values, (truth, naive, mine), strict=True)
+            ),
+            strict=True,
+        ),
+    ):
+        theirs, ours = ((t.double() - first).abs().max() for t in rest)
+        assert ours <= 2 * theirs + 4 * torch.finfo(dtype).eps * first.abs().max()
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+def test_a_row_with_nan_spoils_itself_alone(impl: str) -> None:
+    arguments = case("distances", dtype=torch.float32)
+    with torch.no_grad():
+        arguments["x"][4, 5] = torch.nan  # in the second book
+    result = soft_assign(**arguments, impl=impl)
+    assert result.soft[4, 4:8].isnan().all()
+    assert result.soft.isnan().sum() == 4
+    assert ((result.codes >= 0) & (result.codes < 5)).all()
+
+
+C, X = torch.randn(2, 3, 4), torch.randn(5, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: soft_assign(X, C), ValueError, "tau, keys, logits: expected exactly one"),
+        (lambda: soft_assign(X, C, 1.0, keys=C), ValueError, "tau, keys, logits: expected exactly one"),
+        (lambda: soft_assign(None, C, 1.0), ValueError, "x, logits: expected exactly one"),
+        (lambda: soft_assign(X, C, logits=X), ValueError, "x, logits: expected exactly one"),
+        (lambda: soft_assign(X, C, 0.0), ValueError, "tau: expected a positive finite number, got 0.0"),
+        (lambda: soft_assign(X, C, float("nan")), ValueError, "tau: expected a positive"),
+        (lambda: soft_assign(X, C, torch.tensor(-1.0)), ValueError, "tau: expected a positive"),
+        (lambda: soft_assign(X, C, "1"), TypeError, "tau: expected a number, got str"),
+        (lambda: soft_assign(X[:, :7], C, 1.0), ValueError, "x: expected 8 columns for 2 books of width 4, got 7"),
+        (lambda: soft_assign(X[0], C, 1.0), ValueError, r"x: expected shape \(rows, width\)"),
+        (lambda: soft_assign(X.long(), C, 1.0), TypeError, "x: expected float32"),
+        (lambda: soft_assign(X, C[0], 1.0), ValueError, r"codebook: expected shape \(books, words, width\)"),
+        (lambda: soft_assign(X, C[:, :0], 1.0), ValueError, r"codebook: expected .* none of them 0"),
+        (lambda: soft_assign(X, C.long(), 1.0), TypeError, "codebook: expected float32"),
+        (lambda: soft_assign(X, [1], 1.0), TypeError, "codebook: expected a tensor"),
+        (lambda: soft_assign(X[:, :1], C.new_empty(1, 65537, 1), 1.0), ValueError, "codebook: expected at most 65,536"),
+        (lambda: soft_assign(X, C, keys=C[:1]), ValueError, r"keys: expected shape \(2, 3, width\)"),
+        (lambda: soft_assign(X, C, 1.0, bias=C[:, :, 0]), ValueError, "bias: expected keys with it"),
+        (lambda: soft_assign(X, C, keys=C, bias=C), ValueError, r"bias: expected shape \(2, 3\)"),
+        (lambda: soft_assign(None, C, logits=X), ValueError, "logits: expected 6 columns for 2 books of 3 words"),
+        (lambda: soft_assign(None, C, logits=C), ValueError, r"logits: expected shape \(N, 2, 3\), got \(2, 3, 4\)"),
+        (lambda: soft_assign(X, C, 1.0, hard="yes"), ValueError, "hard: expected None or one of detached"),
+        (lambda: soft_assign(X.to("meta"), C, 1.0), ValueError, "x: expected device cpu like the codebook, got meta"),
+    ],
+)
+def test_bad_input_names_the_argument(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,83 @@
+"""update_rows_ against a loop over the batch."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastret.ops import update_rows_
+
+F64 = torch.float64
+
+
+def by_loops(bank: Tensor, index: Tensor, x: Tensor, momentum: float, convention: str, duplicates: str) -> Tensor:
+    result = bank.clone()
+    for y in set(index.tolist()):
+        rows = x[index == y]
+        new = {"last": rows[-1], "first": rows[0], "mean": rows.mean(0)}[duplicates]
+        old_weight = momentum if convention == "old" else 1 - momentum
+        row = old_weight * bank[y] + (1 - old_weight) * new
+        result[y] = row / row.norm()
+    return result
+
+
+@pytest.mark.parametrize("duplicates", ["last", "first", "mean"])
+@pytest.mark.parametrize("convention", ["old", "new"])
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("integers", [torch.int64, torch.uint8])
+def test_equals_a_loop(duplicates: str, convention: str, momentum: float, integers: torch.dtype) -> None:
+    bank, x = torch.randn(11, 5, dtype=F64), torch.randn(30, 5, dtype=F64)
+    index = torch.randint(0, 9, (30,)).to(integers)
+    expected = by_loops(bank, index, x, momentum, convention, duplicates)
+    result = update_rows_(bank, index, x, momentum=momentum, convention=convention, duplicates=duplicates)
+    assert result is bank
+    torch.testing.assert_close(bank, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    bank, x, index = torch.randn(7, 16).to(dtype), torch.randn(5, 16), torch.arange(5)
+    exact = by_loops(bank.double(), index, x.double(), 0.5, "old", "last")
+    update_rows_(bank, index, x)
+    # half an ulp of the nearest number of that dtype, and the float32 arithmetic before it
+    assert ((bank.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() * 0.5 + 1e-6).all()
+
+
+def test_raw_rows_zero_rows_and_no_rows() -> None:
+    bank = torch.zeros(3, 4)
+    update_rows_(bank, torch.tensor([1]), torch.full((1, 4), 6.0), normalize=False)
+    assert bank.tolist() == [[0.0] * 4, [3.0] * 4, [0.0] * 4]
+    update_rows_(bank, torch.tensor([0]), torch.zeros(1, 4))
+    assert bank[0].tolist() == [0.0] * 4  # not NaN
+    update_rows_(bank, torch.tensor([], dtype=torch.int64), torch.zeros(0, 4))
+    update_rows_(bank, torch.tensor([2]), torch.full((1, 4), 1e30))
+    torch.testing.assert_close(bank[2], torch.full((4,), 0.5))
+
+
+def test_no_part_of_a_graph() -> None:
+    bank, x = torch.randn(4, 3), torch.randn(2, 3).requires_grad_()
+    update_rows_(bank, torch.tensor([3, 1]), x)
+    assert not bank.requires_grad
+
+
+M, X, I = torch.randn(4, 3), torch.randn(2, 3), torch.tensor([0, 1])  # noqa: E741
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: update_rows_(M, I + 3, X), ValueError, "index: expected numbers from 0 to 3, got 4"),
+        (lambda: update_rows_(M, I[:1], X), ValueError, r"index: expected shape \(2,\)"),
+        (lambda: update_rows_(M, I.float(), X), TypeError, "index: expected an integer dtype"),
+        (lambda: update_rows_(M, I, X[:, :2]), ValueError, "x: expected 3 columns like the bank, got 2"),
+        (lambda: update_rows_(M, I, X, momentum=1.5), ValueError, "momentum: expected a number from 0 to 1"),
+        (lambda: update_rows_(M, I, X, momentum=math.nan), ValueError, "momentum: expected a finite number"),
+        (lambda: update_rows_(M, I, X, convention="ema"), ValueError, "convention: expected one of old, new"),
+        (lambda: update_rows_(M, I, X, duplicates="all"), ValueError, "duplicates: expected one of last, first, mean"),
+    ],
+)
+def test_bad_input_names_the_argument(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
