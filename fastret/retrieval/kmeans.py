@@ -11,8 +11,9 @@ A cluster without rows takes over the row that is farthest from its centroid, se
 are taken after that: inertia does not rise. Where no row is away from its centroid, for there are fewer distinct rows
 than clusters, a centroid without rows stays where it was. Results carry no gradient.
 
-Distances are of one product, |x|^2 + |c|^2 - 2 <x, c>: rows that are far from 0 beside their distances have few digits
-left in float32, and should be centred, or float64.
+Distances are of one product, |x|^2 + |c|^2 - 2 <x, c>, with x and c taken from the mean of the rows: there are digits
+left where rows are far from 0 beside their distances, and few in float32 where clusters are far apart beside their own
+extent.
 
 Product quantization is from Jegou, Douze, Schmid: Product Quantization for Nearest Neighbor Search, PAMI 2011; the
 k-means++ start from Arthur, Vassilvitskii, SODA 2007.
@@ -29,10 +30,12 @@ from fastret import ops
 from fastret.backends.rows import accumulation_dtype, unit_rows
 from fastret.backends.selection import best
 from fastret.ops import checks
-from fastret.retrieval.search import bar, check_finite, serving, topk
+from fastret.retrieval.search import BUDGET, bar, check_finite, serving
 
 METRICS = ("l2", "cosine")
 INITS = ("random", "k-means++")
+
+_LEAST_ROWS = 1 << 10  # compared with centroids at once
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class _Lloyd:
         self.rows = unit_rows(x) if self.spherical else x
         self.topk_impl = serving("topk", x) if impl is None else impl
         self.mean_impl = serving("segment_mean", x) if impl is None else impl
+        self.middle = self._means(torch.zeros(len(x), dtype=torch.int64, device=x.device), 1)[0]
 
     def start(self, k: int, init: str | Tensor, generator: torch.Generator) -> Tensor:
         """(k, D) centroids, before any move."""
@@ -175,7 +179,7 @@ class _Lloyd:
             centroids = init
         else:
             drawn = (
-                _plus_plus(self.rows, k, generator, self.topk_impl)
+                self._plus_plus(k, generator)
                 if init == "k-means++"
                 else torch.randperm(len(self.rows), generator=generator)[:k].to(self.rows.device)
             )
@@ -184,10 +188,19 @@ class _Lloyd:
 
     def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) squared distances of the rows from their nearest centroids, and which those are."""
-        distances, nearest = topk(self.rows, centroids, 1, metric="l2", progress=False, impl=self.topk_impl)
+        distances, nearest = self._nearest(centroids)
         if bool((nearest < 0).any()):
             raise ValueError(f"x: expected rows whose squared distances {distances.dtype} holds, got larger ones")
-        return distances[:, 0], nearest[:, 0]
+        return distances, nearest
+
+    def _nearest(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``assign``; of rows whose distances overflow -1."""
+        columns = centroids - self.middle
+        found = [
+            ops.topk(rows - self.middle, columns, k=1, metric="l2", impl=self.topk_impl)
+            for rows in self.rows.split(max(_LEAST_ROWS, BUDGET // self.rows.shape[1]))
+        ]
+        return torch.cat([d for d, _ in found])[:, 0], torch.cat([n for _, n in found])[:, 0]
 
     def move(self, centroids: Tensor, distances: Tensor, assignment: Tensor) -> Tensor:
         """Centroids where inertia is least for this assignment, but for clusters without rows."""
@@ -224,6 +237,19 @@ class _Lloyd:
     def _of_metric(self, centroids: Tensor) -> Tensor:
         return unit_rows(centroids) if self.spherical else centroids
 
+    def _plus_plus(self, k: int, generator: torch.Generator) -> Tensor:
+        """(k,) rows, each drawn with a probability in proportion to the squared distance from those before."""
+        rows = self.rows
+        chosen = torch.randint(len(rows), (k,), generator=generator).to(rows.device)  # kept where all distances are 0
+        draws = torch.rand(k, generator=generator, dtype=torch.float64).to(rows.device)
+        nearest = torch.full((len(rows),), math.inf, dtype=self.middle.dtype, device=rows.device)
+        for j in range(1, k):
+            nearest = torch.minimum(nearest, self._nearest(rows[chosen[j - 1]][None])[0])
+            total = nearest.double().cumsum(0)
+            place = torch.searchsorted(total, draws[j] * total[-1], right=True)
+            chosen[j] = torch.where(total[-1] > 0, place.clamp_max(len(rows) - 1), chosen[j])
+        return chosen
+
 
 def _generator(seed: int | torch.Generator) -> torch.Generator:
     if isinstance(seed, torch.Generator):
@@ -237,20 +263,6 @@ def _sampled(x: Tensor, k: int, most: int | None, generator: torch.Generator) ->
     if most is None or len(x) <= k * most:
         return x
     return x[torch.randperm(len(x), generator=generator)[: k * most].sort().values.to(x.device)]
-
-
-def _plus_plus(rows: Tensor, k: int, generator: torch.Generator, impl: str) -> Tensor:
-    """(k,) rows, each drawn with a probability in proportion to the squared distance from those before."""
-    chosen = torch.randint(len(rows), (k,), generator=generator).to(rows.device)  # kept where all distances are 0
-    draws = torch.rand(k, generator=generator, dtype=torch.float64).to(rows.device)
-    nearest = torch.full((len(rows),), math.inf, dtype=accumulation_dtype(rows.dtype), device=rows.device)
-    for j in range(1, k):
-        last = rows[chosen[j - 1]].to(nearest.dtype)
-        nearest = torch.minimum(nearest, ops.topk(rows, last[None], k=1, metric="l2", impl=impl)[0][:, 0])
-        total = nearest.double().cumsum(0)
-        place = torch.searchsorted(total, draws[j] * total[-1], right=True)
-        chosen[j] = torch.where(total[-1] > 0, place.clamp_max(len(rows) - 1), chosen[j])
-    return chosen
 
 
 def _check(x: Tensor, k: int, iterations: int, tolerance: float, most: int | None, metric: str) -> None:
