@@ -3,7 +3,7 @@
 mAP@n as hashing and quantisation are judged (Jang, Cho: Self-supervised Product Quantization, ICCV 2021; their code):
 let rel_i say whether the i-th result of a query has its label, and P@i = (rel_1 + ... + rel_i) / i. Then
 
-    AP@n = sum over i <= n of P@i rel_i / (rel_1 + ... + rel_n),    0 where none is relevant,
+    AP@n = sum over i <= n of P@i rel_i / (rel_1 + ... + rel_n),    0 where none is relevant (of an empty gallery, too),
 
 and mAP@n is its mean over all queries. It divides by the relevant items found, not by those there are, so a query that
 finds one relevant item, first, scores 1: compare it only with itself at the same n.
@@ -45,11 +45,11 @@ def mean_average_precision_at_n(
     rows = labels if gallery_labels is None else gallery_labels
     check_labels(rows, rows, "gallery_labels")
     if int(indices.min()) < -1 or int(indices.max()) >= len(rows):
-        raise ValueError(
-            f"indices: expected -1 or rows of the gallery, 0 to {len(rows) - 1}, "
-            f"got {int(indices.min())} to {int(indices.max())}"
-        )
+        expected = f"-1 or rows of the gallery, 0 to {len(rows) - 1}" if len(rows) else "-1, the gallery is empty"
+        raise ValueError(f"indices: expected {expected}, got {int(indices.min())} to {int(indices.max())}")
     check_count(n, "n")
+    if len(rows) == 0:  # nothing to be found
+        return 0.0
     number = torch.arange(len(indices), device=indices.device)
     block = max(1, BUDGET // indices.shape[1])
     sums = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastret.retrieval import mean_average_precision_at_n, ranked
+from fastret.retrieval import PQIndex, mean_average_precision_at_n, ranked
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -44,6 +44,16 @@ def test_equals_the_loop(itself: bool, classes: int, n: int | None, monkeypatch:
     indices[6] = -1
     found = mean_average_precision_at_n(indices, labels, gallery_labels, n=n)
     assert found == pytest.approx(_loop(indices, labels, gallery_labels, n), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [None, 2])
+def test_of_an_empty_gallery_nothing_is_found(n: int | None) -> None:
+    index = PQIndex(torch.randn(2, 4, 3))
+    _, indices = index.search(torch.randn(5, 6), 3)
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert mean_average_precision_at_n(indices, torch.zeros(5, dtype=torch.int64), nothing, n=n) == 0.0
+    with pytest.raises(ValueError, match="indices: expected -1, the gallery is empty, got -1 to 0"):
+        mean_average_precision_at_n(torch.tensor([[0], [-1]]), torch.tensor([0, 0]), nothing, n=n)
 
 
 def test_divides_by_the_relevant_that_were_found() -> None:
