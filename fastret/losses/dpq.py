@@ -63,7 +63,7 @@ class DPQ(ProductQuantizer):
         bias: whether logits have biases.
         intra_normalize: each part of soft, and each word, is divided by its L2 norm, as the paper does for retrieval
             across data sets.
-        impl: "reference", "tiled", "cpu" or "triton"; None: the fastest.
+        impl: "reference", "tiled", "cpu" or "triton" (E and L at most 128); None: the fastest.
 
     Attributes:
         keys: (M, K, E) parameter, and bias: (M, K) parameter or None, drawn as ``torch.nn.Linear``'s.
@@ -101,6 +101,9 @@ class DPQ(ProductQuantizer):
         self.keys = nn.Parameter(torch.empty(num_books, num_words, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(num_books, num_words).uniform_(-bound, bound)) if bias else None
         self.intra_normalize = intra_normalize
+
+    def _codes(self, x: Tensor) -> Tensor:
+        return self._assign(x, soft=False).codes
 
     def _assign(self, x: Tensor, **wanted: Any) -> SoftAssign:
         return soft_assign(x, self.codebook, keys=self.keys, bias=self.bias, impl=self.impl, **wanted)

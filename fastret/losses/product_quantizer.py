@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastret.ops import checks
-from fastret.ops.soft_assign import MOST_WORDS, SoftAssign
+from fastret.ops.word_numbers import word_numbers
 from fastret.retrieval.faiss_pq import to_index_pq
 
 ROWS = 1 << 14  # encoded at once: their int64 codes are what exists beside the result
@@ -38,7 +38,7 @@ class ProductQuantizer(nn.Module):
 
     Args:
         num_books: M >= 1. num_words: K from 1 to 65,536. word_dim: L >= 1.
-        impl: "reference", "tiled", "cpu" or "triton"; None: the fastest.
+        impl: "reference", "tiled", "cpu" or "triton" (parts and words of a width of at most 128); None: the fastest.
 
     Attributes:
         codebook: (M, K, L) parameter, drawn as SPQ's official code does: Xavier uniform of a (K, M L) matrix.
@@ -51,8 +51,8 @@ class ProductQuantizer(nn.Module):
         super().__init__()
         for value, name in ((num_books, "num_books"), (num_words, "num_words"), (word_dim, "word_dim")):
             checks.check_integer(value, name, 1)
-        if num_words > MOST_WORDS:
-            raise ValueError(f"num_words: expected at most {MOST_WORDS:,}, got {num_words:,}")
+        if num_words > checks.MOST_WORDS:
+            raise ValueError(f"num_words: expected at most {checks.MOST_WORDS:,}, got {num_words:,}")
         bound = math.sqrt(6 / (num_words + num_books * word_dim))
         self.codebook = nn.Parameter(torch.empty(num_books, num_words, word_dim).uniform_(-bound, bound))
         self.impl = impl
@@ -75,8 +75,8 @@ class ProductQuantizer(nn.Module):
         same for K = 4 and 16 only."""
         return self.num_books * (self.num_words - 1).bit_length()
 
-    def _assign(self, x: Tensor, **wanted: Any) -> SoftAssign:
-        """``ops.soft_assign`` with the scores of the subclass."""
+    def _codes(self, x: Tensor) -> Tensor:
+        """(n, M) int64 codes of rows."""
         raise NotImplementedError
 
     def _words(self) -> Tensor:
@@ -96,10 +96,9 @@ class ProductQuantizer(nn.Module):
         dtype = torch.uint8 if self.num_words <= 256 else torch.int32
         codes = torch.empty(x.shape[0], self.num_books, dtype=dtype, device=x.device)
         for block in _blocks(x):
-            codes[block] = self._assign(x[block], soft=False).codes.to(dtype)
+            codes[block] = self._codes(x[block]).to(dtype)
         return codes
 
-    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Rows (N, M L) of codes (N, M) of any integer dtype, in the dtype of the codebook.
 
@@ -107,14 +106,13 @@ class ProductQuantizer(nn.Module):
             TypeError, ValueError: naming the argument, what was given and what is expected; also a code that is no
                 word (on a GPU by device assert, without waiting for it).
         """
-        self._check_codes(codes)
-        words = self._words().flatten(0, 1)
+        checks.check_codes(codes, self.codebook)
+        words = self._words().detach().flatten(0, 1)
         rows = words.new_empty(codes.shape[0], words.shape[1] * self.num_books)
         for block in _blocks(codes):
-            rows[block] = words[self._places(codes[block])].flatten(1)
+            rows[block] = words[word_numbers(codes[block], self.num_words)].flatten(1)
         return rows
 
-    @torch.no_grad()
     def usage(self, x: Tensor) -> CodeUsage:
         """How often each word is taken by rows x, which are encoded first, or by codes (N, M) of an integer dtype.
 
@@ -122,11 +120,11 @@ class ProductQuantizer(nn.Module):
             TypeError, ValueError: as ``encode`` and ``decode``.
         """
         codes = self.encode(x) if isinstance(x, Tensor) and x.is_floating_point() else x
-        self._check_codes(codes)
+        checks.check_codes(codes, self.codebook)
         books, words = self.num_books, self.num_words
         counts = torch.zeros(books * words, dtype=torch.int64, device=codes.device)
         for block in _blocks(codes):
-            counts += torch.bincount(self._places(codes[block]).flatten(), minlength=books * words)
+            counts += torch.bincount(word_numbers(codes[block], words).flatten(), minlength=books * words)
         counts = counts.view(books, words)
         shares = counts / counts.sum(1, keepdim=True)
         return CodeUsage(counts, torch.special.entr(shares).sum(1).exp(), (counts == 0).sum(1))
@@ -141,22 +139,6 @@ class ProductQuantizer(nn.Module):
             ValueError: the number of words is no power of two.
         """
         return to_index_pq(self._words().detach(), None, "l2")
-
-    def _check_codes(self, codes: Tensor) -> None:
-        if not isinstance(codes, Tensor):
-            raise TypeError(f"codes: expected an integer tensor (N, {self.num_books}), got {type(codes).__name__}")
-        if codes.dtype not in checks.INTEGERS:
-            raise TypeError(f"codes: expected an integer dtype, got {codes.dtype}")
-        if codes.dim() != 2 or codes.shape[1] != self.num_books:
-            raise ValueError(f"codes: expected shape (N, {self.num_books}), a code a book, got {tuple(codes.shape)}")
-        if codes.device != self.codebook.device:
-            raise ValueError(f"codes: expected device {self.codebook.device} like the codebook, got {codes.device}")
-
-    def _places(self, codes: Tensor) -> Tensor:
-        """Numbers of words among those of all books."""
-        codes = codes.long()  # before its values are compared with a number its own dtype may not hold
-        checks.check_range(codes, self.num_words, "codes")
-        return codes + torch.arange(self.num_books, device=codes.device) * self.num_words
 
     def extra_repr(self) -> str:
         return f"num_books={self.num_books}, num_words={self.num_words}, word_dim={self.word_dim}"

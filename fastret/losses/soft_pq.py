@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastret.losses.product_quantizer import ProductQuantizer
 from fastret.ops import checks
-from fastret.ops.soft_assign import HARD, SoftAssign, check_codebook, soft_assign
+from fastret.ops.soft_assign import HARD, nearest_words, soft_assign
 from fastret.retrieval.kmeans import product_kmeans
 
 
@@ -71,10 +71,12 @@ def soft_pq(
         hard: None: soft; "detached": the nearest words, whose gradient goes to them alone; "straight-through": the
             nearest words, and to x, tau_q and the codebook also soft's gradient.
         return_codes: whether (z, codes) is returned, codes (N, M) int64, ties to the lower word.
-        impl: "reference", "tiled", "cpu" or "triton"; None: the fastest that serves the call.
+        impl: "reference", "tiled", "cpu" or "triton" (words of a width of at most 128); None: the fastest that serves
+            the call.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
+        NotImplementedError: words are too wide for the implementation that is asked for.
     """
     checks.check_positive(tau_q, "tau_q")
     codebook = split_books(codebook, num_books)
@@ -96,7 +98,7 @@ def split_books(codebook: Tensor, num_books: int | None) -> Tensor:
                 f"codebook: expected a number of columns that num_books = {num_books} divides, got {codebook.shape[1]}"
             )
         codebook = codebook.unflatten(1, (num_books, codebook.shape[1] // num_books)).transpose(0, 1)
-    check_codebook(codebook)
+    checks.check_codebook(codebook)
     if num_books not in (None, codebook.shape[0]):
         raise ValueError(f"num_books: expected {codebook.shape[0]} like the codebook, got {num_books}")
     return codebook
@@ -192,8 +194,8 @@ class SoftPQ(ProductQuantizer):
     def tau_q(self) -> float | Tensor:
         return self._tau if self.log_tau is None else self.log_tau.exp()
 
-    def _assign(self, x: Tensor, **wanted: Any) -> SoftAssign:
-        return soft_assign(x, self.codebook, self.tau_q, impl=self.impl, **wanted)
+    def _codes(self, x: Tensor) -> Tensor:
+        return nearest_words(x, self.codebook, impl=self.impl)
 
     def forward(self, x: Tensor) -> Tensor:
         """z (N, M L) of rows ``x`` (N, M L), in their dtype."""

@@ -9,6 +9,9 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+CODES = (torch.uint16, *INTEGERS)
+
+MOST_WORDS = 1 << 16  # of a book: a code has at most 16 bits
 
 
 def check_rows(x: Tensor, name: str, *, like: Tensor | None = None) -> None:
@@ -48,6 +51,31 @@ def check_labelled(embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, r
     if ref_emb is not None and ref_labels is not None:
         check_rows(ref_emb, "ref_emb", like=embeddings)
         check_labels(ref_labels, ref_emb, "ref_labels")
+
+
+def check_codebook(codebook: Tensor) -> None:
+    """A floating point tensor (books, words, width) that holds something, of at most 65,536 words."""
+    if not isinstance(codebook, Tensor):
+        raise TypeError(f"codebook: expected a tensor of shape (books, words, width), got {type(codebook).__name__}")
+    if codebook.dtype not in FLOATS:
+        raise TypeError(f"codebook: expected float32, float64, bfloat16 or float16, got {codebook.dtype}")
+    if codebook.dim() != 3 or 0 in codebook.shape:
+        raise ValueError(f"codebook: expected shape (books, words, width), none of them 0, got {tuple(codebook.shape)}")
+    if codebook.shape[1] > MOST_WORDS:
+        raise ValueError(f"codebook: expected at most {MOST_WORDS:,} words a book, got {codebook.shape[1]:,}")
+
+
+def check_codes(codes: Tensor, codebook: Tensor) -> None:
+    """(N, M) integers, on the device of the codebook; their values are not looked at."""
+    books = codebook.shape[0]
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes: expected an integer tensor (N, {books}), got {type(codes).__name__}")
+    if codes.dtype not in CODES:
+        raise TypeError(f"codes: expected an integer dtype, got {codes.dtype}")
+    if codes.dim() != 2 or codes.shape[1] != books:
+        raise ValueError(f"codes: expected shape (N, {books}), a code a book, got {tuple(codes.shape)}")
+    if codes.device != codebook.device:
+        raise ValueError(f"codes: expected device {codebook.device} like the codebook, got {codes.device}")
 
 
 def check_positive(value: float | Tensor, name: str) -> None:
@@ -123,7 +151,10 @@ def check_range(index: Tensor, size: int, name: str, *, negative: bool = False) 
     but asserts."""
     if torch.compiler.is_compiling() or is_wrapped(index):
         return
-    wrong = (index >= size) if negative else (index < 0) | (index >= size)
+    # a size that the dtype of the index does not hold would wrap, and no index reaches it
+    wrong = index >= size if size <= torch.iinfo(index.dtype).max else torch.zeros_like(index, dtype=torch.bool)
+    if not negative:
+        wrong = wrong | (index < 0)
     message = f"{name}: expected numbers from 0 to {size - 1}"
     if index.device.type != "cpu":
         torch._assert_async(~wrong.any(), message)

@@ -43,10 +43,6 @@ from fastret.ops.library import define, loop_under_vmap
 
 METRICS = ("l2", "l21", "dot")
 
-MOST_WORDS = 1 << 16  # a code has at most 16 bits
-
-_CODE_DTYPES = (torch.uint16, *checks.INTEGERS)
-
 
 def pq_topk(
     query: Tensor,
@@ -63,7 +59,8 @@ def pq_topk(
     Args:
         query: (Q, M L) rows, not quantized.
         codebook: (M, K, L) words, K from 1 to 65,536. Its dtype may differ from the query's.
-        codes: (N, M) integers below K. uint8 and uint16 are read where they lie; in C++ others are copied to 16 bits.
+        codes: (N, M) integers below K. uint8 (K <= 256) and uint16 are read where they lie; in C++ others are copied to
+            16 bits.
         k: number of results a query, at least 1; more than there are codes is allowed.
         metric: "l2", "l21" or "dot".
         first_index: the codes are a piece of more, and the first has this index there.
@@ -76,8 +73,8 @@ def pq_topk(
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
     checks.check_rows(query, "query")
-    check_codebook(codebook)
-    check_codes(codes, codebook)
+    checks.check_codebook(codebook)
+    checks.check_codes(codes, codebook)
     books, _, width = codebook.shape
     if query.shape[1] != books * width:
         raise ValueError(
@@ -105,31 +102,6 @@ def check_metric(metric: str) -> None:
     """One of ``METRICS``."""
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
-
-
-def check_codebook(codebook: Tensor) -> None:
-    """(M, K, L) floating point, none of them 0 and K at most 65,536."""
-    if not isinstance(codebook, Tensor):
-        raise TypeError(f"codebook: expected a tensor of shape (books, words, width), got {type(codebook).__name__}")
-    if codebook.dtype not in checks.FLOATS:
-        raise TypeError(f"codebook: expected float32, float64, bfloat16 or float16, got {codebook.dtype}")
-    if codebook.dim() != 3 or 0 in codebook.shape or codebook.shape[1] > MOST_WORDS:
-        raise ValueError(
-            f"codebook: expected shape (books, words, width), none of them 0 and at most {MOST_WORDS} words, got "
-            f"{tuple(codebook.shape)}"
-        )
-
-
-def check_codes(codes: Tensor, codebook: Tensor) -> None:
-    """(N, M) integers, on the device of the codebook; ``check_code_values`` looks at them."""
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes: expected an integer tensor of shape (codes, books), got {type(codes).__name__}")
-    if codes.dtype not in _CODE_DTYPES:
-        raise TypeError(f"codes: expected an integer dtype, got {codes.dtype}")
-    if codes.dim() != 2 or codes.shape[1] != codebook.shape[0]:
-        raise ValueError(f"codes: expected shape (codes, {codebook.shape[0]}), got {tuple(codes.shape)}")
-    if codes.device != codebook.device:
-        raise ValueError(f"codes: expected device {codebook.device} like the codebook, got {codes.device}")
 
 
 def check_code_values(codes: Tensor, codebook: Tensor) -> None:

@@ -53,7 +53,6 @@ from fastret.ops import checks
 from fastret.ops.library import define, refuse
 
 HARD = ("detached", "straight-through")
-MOST_WORDS = 1 << 16
 WIDE = 128  # features of a key or a word; not every implementation takes more
 
 
@@ -109,7 +108,7 @@ def soft_assign(
     """
     if hard is not None and hard not in HARD:
         raise ValueError(f"hard: expected None or one of {', '.join(HARD)}, got {hard!r}")
-    check_codebook(codebook)
+    checks.check_codebook(codebook)
     x, logits = _checked_rows(x, codebook, tau, keys, bias, logits)
     rows = _rows(x, logits)
     wide_parts = max(codebook.shape[2], 0 if keys is None else keys.shape[2]) > WIDE
@@ -138,22 +137,23 @@ def soft_assign(
     )
 
 
+def nearest_words(x: Tensor, codebook: Tensor, *, impl: str | None = None) -> Tensor:
+    """(N, M) int64: for each part of rows (N, M L) its nearest word, the first of equals; of a part with NaN: any.
+
+    Rows and words are compared about the mean word of the book, and in the wider of their dtypes, to which they are
+    copied: it is exact where they lie far from the origin as well, but for words as near as rounding.
+    """
+    checks.check_codebook(codebook)
+    checks.check_rows(x, "x")
+    wide = torch.promote_types(accumulation_dtype(x.dtype), accumulation_dtype(codebook.dtype))
+    # any tau has these codes, and a power of two no rounding
+    return soft_assign(x.to(wide), codebook.to(wide), 1.0, soft=False, impl=impl).codes
+
+
 def _rows(x: Tensor | None, logits: Tensor | None) -> Tensor:
     rows = x if logits is None else logits
     assert rows is not None
     return rows
-
-
-def check_codebook(codebook: Tensor) -> None:
-    """A floating point tensor (books, words, width) that holds something, of at most 65,536 words."""
-    if not isinstance(codebook, Tensor):
-        raise TypeError(f"codebook: expected a tensor of shape (books, words, width), got {type(codebook).__name__}")
-    if codebook.dtype not in checks.FLOATS:
-        raise TypeError(f"codebook: expected float32, float64, bfloat16 or float16, got {codebook.dtype}")
-    if codebook.dim() != 3 or 0 in codebook.shape:
-        raise ValueError(f"codebook: expected shape (books, words, width), none of them 0, got {tuple(codebook.shape)}")
-    if codebook.shape[1] > MOST_WORDS:
-        raise ValueError(f"codebook: expected at most {MOST_WORDS:,} words a book, got {codebook.shape[1]:,}")
 
 
 def _checked_rows(

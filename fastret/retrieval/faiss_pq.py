@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastret.ops.pq_topk import MOST_WORDS, check_code_values, check_codebook, check_codes
+from fastret.ops.checks import MOST_WORDS, check_codebook, check_codes
+from fastret.ops.pq_topk import check_code_values
 
 
 def to_index_pq(codebook: Tensor, codes: Tensor | None = None, metric: str = "l2") -> Any:

@@ -1,5 +1,6 @@
 """An index of product-quantized vectors: M codes a vector, searched by tables; to and from safetensors and FAISS."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from torch import Tensor
 from fastret import ops
 from fastret.backends.rows import accumulation_dtype, poison
 from fastret.ops import checks
-from fastret.ops.pq_topk import check_code_values, check_codebook, check_codes, check_metric
+from fastret.ops.pq_topk import check_code_values, check_metric
+from fastret.ops.soft_assign import nearest_words
 from fastret.retrieval.faiss_pq import from_index_pq, to_index_pq
 from fastret.retrieval.search import blocks, rows_at_once
+
+_ROWS = 1 << 14  # encoded at once: what exists of them beside their codes
 
 _FORMAT, _VERSION = "fastret.PQIndex", "1"
 
@@ -44,7 +48,7 @@ class PQIndex:
     """
 
     def __init__(self, codebook: Tensor, codes: Tensor | None = None, *, metric: str = "l2") -> None:
-        check_codebook(codebook)
+        checks.check_codebook(codebook)
         check_metric(metric)
         if bool(poison(codebook).isnan()):
             raise ValueError("codebook: expected finite words, got NaN or infinity")
@@ -110,7 +114,7 @@ class PQIndex:
         Raises:
             TypeError, ValueError: naming the argument, what was given and what is expected.
         """
-        check_codes(codes, self._codebook)
+        checks.check_codes(codes, self._codebook)
         check_code_values(codes, self._codebook)
         self._pieces.append(codes.to(self._code_dtype).contiguous())
 
@@ -175,14 +179,21 @@ class PQIndex:
         """Writes a safetensors file: whole or not at all, in place of an older one.
 
         Tensors codebook (M, K, L) and codes (N, M) uint8, or uint16 where K > 256; metadata format, version, metric.
+
+        Raises:
+            OSError: it cannot be written; naming the path.
         """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no directory to save in", str(path.parent))
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         metadata = {"format": _FORMAT, "version": _VERSION, "metric": self.metric}
         try:
             codes = self._stored.cpu().to(torch.uint8 if self.num_words <= 256 else torch.uint16)
             save_file({"codebook": self._codebook.cpu(), "codes": codes}, unfinished, metadata=metadata)
             os.replace(unfinished, path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -229,6 +240,19 @@ class PQIndex:
         codebook, codes, metric = from_index_pq(index)
         return cls(codebook, codes, metric=metric)
 
+    def __getstate__(self) -> dict[str, Any]:
+        pieces = [self._exchanged(piece, torch.uint16, torch.int16) for piece in self._pieces]
+        return self.__dict__ | {"_pieces": pieces}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._pieces = [self._exchanged(piece, torch.int16, torch.uint16) for piece in self._pieces]
+
+    @staticmethod
+    def _exchanged(codes: Tensor, dtype: torch.dtype, other: torch.dtype) -> Tensor:
+        """The same bits in the other dtype: PyTorch pickles uint16, but does not unpickle it."""
+        return codes.view(other) if codes.dtype == dtype else codes
+
     @property
     def _stored(self) -> Tensor:
         """The codes, in one piece from now on."""
@@ -251,12 +275,19 @@ class PQIndex:
         """(n, M) codes of rows."""
         self._check_rows(x, name)
         codes = torch.empty(len(x), self.num_books, dtype=self._code_dtype, device=x.device)
-        for book, part in enumerate(x.detach().split(self.word_dim, 1)):
-            _, nearest = ops.topk(part, self._codebook[book], k=1, metric="l2")
-            if bool((nearest < 0).any()):
+        for begin in range(0, len(x), _ROWS):
+            rows = x[begin : begin + _ROWS].detach()
+            if not self._comparable(rows):
                 raise ValueError(f"{name}: expected finite rows, got NaN, infinity or squares beyond the dtype")
-            codes[:, book] = nearest[:, 0].to(self._code_dtype)
+            codes[begin : begin + _ROWS] = nearest_words(rows, self._codebook).to(self._code_dtype)
         return codes
+
+    def _comparable(self, rows: Tensor) -> bool:
+        """Whether no score of these rows and the words overflows."""
+        wide = torch.promote_types(accumulation_dtype(rows.dtype), self._codebook.dtype)
+        reach = sum(float(torch.maximum(-low, high)) for low, high in (rows.aminmax(), self._codebook.aminmax()))
+        # from the mean word features of rows are at most reach away, those of words twice that; NaN compares false
+        return 8 * self.word_dim * reach * reach < torch.finfo(wide).max
 
     def _decoded(self, codes: Tensor) -> Tensor:
         """(n, M L) words of codes."""

@@ -111,6 +111,34 @@ def test_readme() -> None:
     assert not torch.equal(names["network"].weight, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64])
+def test_codes_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    module = fastret.SoftPQ(3, 300, 4)
+    codes = torch.randint(0, 128, (50, 3))
+    expected = torch.stack([torch.cat([module.codebook[m, c] for m, c in enumerate(row)]) for row in codes.tolist()])
+    assert torch.equal(module.decode(codes.to(dtype)), expected)
+    assert torch.equal(module.usage(codes.to(dtype)).counts, module.usage(codes).counts)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_a_code_that_is_no_word_is_refused(backend: str) -> None:
+    torch._dynamo.reset()
+    module = fastret.SoftPQ(2, 5, 4)
+    decode = torch.compile(module.decode, fullgraph=True, backend=backend)
+    codes = torch.tensor([[4, 0], [2, 1]])
+    assert torch.equal(decode(codes), module.decode(codes))
+    for wrong in (5, -1):
+        with pytest.raises(ValueError, match=f"codes: expected numbers from 0 to 4, got {wrong}"):
+            decode(torch.tensor([[4, 0], [wrong, 1]]))
+
+
+def test_opcheck_of_word_numbers() -> None:
+    for dtype in (torch.uint8, torch.int64):
+        codes = torch.tensor([[4, 0], [2, 1]], dtype=dtype)
+        assert torch.ops.fastret.word_numbers.default(codes, 5).tolist() == [[4, 5], [2, 6]]
+        torch.library.opcheck(torch.ops.fastret.word_numbers.default, (codes, 5))
+
+
 @pytest.mark.parametrize("words", [16, 257])
 def test_codes_go_into_an_index(words: int) -> None:
     module = fastret.SoftPQ(3, words, 4)

@@ -220,14 +220,14 @@ def test_codes(monkeypatch: pytest.MonkeyPatch, words: int, dtype: torch.dtype, 
     assert torch.equal(module.encode(decoded), codes)
     # a block at a time
     sizes = []
-    whole = module._assign
+    whole = module._codes
 
-    def spy(rows: Tensor, **wanted: Any) -> Any:
+    def spy(rows: Tensor) -> Tensor:
         sizes.append(len(rows))
-        return whole(rows, **wanted)
+        return whole(rows)
 
     monkeypatch.setattr(product_quantizer, "ROWS", 7)
-    monkeypatch.setattr(module, "_assign", spy)
+    monkeypatch.setattr(module, "_codes", spy)
     assert torch.equal(module.encode(x), codes)
     assert torch.equal(module.decode(codes), decoded)
     assert max(sizes) <= 7

@@ -365,12 +365,16 @@ QUERY, CODEBOOK, CODES = random(4, 3, 5, 2, 6, torch.float32)
         ({"codebook": [1.0]}, TypeError, "codebook: expected a tensor of shape"),
         ({"codebook": CODEBOOK[0]}, ValueError, r"codebook: expected shape \(books, words, width\), .* got \(5, 2\)"),
         ({"codebook": CODEBOOK.long()}, TypeError, "codebook: expected float32"),
-        ({"codebook": CODEBOOK[:, :0]}, ValueError, r"codebook: expected shape .* none of them 0 .* \(3, 0, 2\)"),
-        ({"codebook": torch.zeros(1, 65537, 6)}, ValueError, "codebook: expected shape .* at most 65536 words"),
+        ({"codebook": CODEBOOK[:, :0]}, ValueError, r"codebook: expected shape .* none of them 0, got \(3, 0, 2\)"),
+        (
+            {"codebook": torch.zeros(1, 65537, 6)},
+            ValueError,
+            "codebook: expected at most 65,536 words a book",
+        ),
         ({"codes": [1]}, TypeError, "codes: expected an integer tensor"),
         ({"codes": CODES.float()}, TypeError, "codes: expected an integer dtype, got torch.float32"),
-        ({"codes": CODES[0]}, ValueError, r"codes: expected shape \(codes, 3\), got \(3,\)"),
-        ({"codes": CODES[:, :2]}, ValueError, r"codes: expected shape \(codes, 3\), got \(6, 2\)"),
+        ({"codes": CODES[0]}, ValueError, r"codes: expected shape \(N, 3\), a code a book, got \(3,\)"),
+        ({"codes": CODES[:, :2]}, ValueError, r"codes: expected shape \(N, 3\), a code a book, got \(6, 2\)"),
         ({"codes": CODES.to("meta")}, ValueError, "codes: expected device cpu like the codebook, got meta"),
         ({"query": QUERY.to("meta")}, ValueError, "query: expected device cpu like the codebook, got meta"),
         ({"impl": "cuda"}, ValueError, "impl: expected one of"),
@@ -380,6 +384,18 @@ def test_bad_input_names_the_argument(arguments: dict, error: type[Exception], m
     given = {"query": QUERY, "codebook": CODEBOOK, "codes": CODES, "k": 2, **arguments}
     with pytest.raises(error, match=message):
         pq_topk(given.pop("query"), given.pop("codebook"), given.pop("codes"), **given)
+
+
+@pytest.mark.parametrize("impl", EVERY)
+@pytest.mark.parametrize(("words", "dtype"), [(256, torch.int8), (300, torch.int8), (300, torch.uint8)])
+def test_codes_of_a_dtype_that_does_not_hold_the_number_of_words(impl: str, words: int, dtype: torch.dtype) -> None:
+    query, codebook, codes = random(5, 3, words, 2, 40, torch.float32)
+    codes = codes.clamp(max=torch.iinfo(dtype).max)
+    expected = pq_topk(query, codebook, codes, k=4, impl=impl)
+    torch.testing.assert_close(pq_topk(query, codebook, codes.to(dtype), k=4, impl=impl), expected, rtol=0, atol=0)
+    if dtype == torch.int8:
+        with pytest.raises(ValueError, match=f"codes: expected numbers from 0 to {words - 1}, got -1"):
+            pq_topk(query, codebook, torch.full_like(codes, -1).to(dtype), k=4, impl=impl)
 
 
 @pytest.mark.parametrize("impl", EVERY)

@@ -62,6 +62,18 @@ def test_no_part_of_a_graph() -> None:
     assert not bank.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+def test_an_index_of_a_dtype_that_does_not_hold_the_number_of_rows(dtype: torch.dtype) -> None:
+    bank, x, index = torch.randn(300, 3), torch.randn(2, 3), torch.tensor([100, 7])
+    expected = update_rows_(bank.clone(), index, x)
+    assert torch.equal(update_rows_(bank, index.to(dtype), x), expected)
+    for wrong in (-1, -100):
+        with pytest.raises(ValueError, match=f"index: expected numbers from 0 to 299, got {wrong}"):
+            update_rows_(bank, torch.tensor([100, wrong], dtype=torch.int8), x)
+    with pytest.raises(ValueError, match="index: expected numbers from 0 to 127, got 200"):
+        update_rows_(bank[:128], torch.tensor([100, 200], dtype=torch.uint8), x)
+
+
 M, X, I = torch.randn(4, 3), torch.randn(2, 3), torch.tensor([0, 1])  # noqa: E741
 
 

@@ -1,17 +1,20 @@
 """PQIndex: encoding, search, files, FAISS, and what it refuses, against loops and FAISS itself."""
 
+import copy
 import json
+import pickle
 import struct
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastret import ops
-from fastret.retrieval import PQIndex, search
+from fastret import SoftPQ, ops
+from fastret.retrieval import PQIndex, pq_index, search
 from fastret.retrieval.faiss_pq import from_index_pq, to_index_pq
 
 M, L = 4, 3
@@ -52,6 +55,30 @@ def test_of_equally_near_words_the_lower_is_taken() -> None:
     index = PQIndex(codebook)
     index.add(torch.tensor([[0.0], [1.0], [3.0], [-9.0]]))
     assert index.codes.flatten().tolist() == [1, 1, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_far_from_the_origin_are_encoded_by_their_nearest_words(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pq_index, "_ROWS", 40)
+    codebook, x = 1000 + 5 * CODEBOOK, (1000 + 5 * X).to(dtype)
+    index = PQIndex(codebook)
+    index.add(x)
+    assert index.codes.tolist() == nearest(x, codebook)
+    for quantizer in (SoftPQ.from_codebook(codebook), SoftPQ.from_codebook(codebook, tau_q=0.3)):
+        assert torch.equal(quantizer.encode(x), index.codes)
+    scores, _ = index.search(x, 1, symmetric=True)
+    assert not scores.any()
+
+
+def test_rows_are_encoded_in_the_wider_dtype() -> None:
+    codebook = torch.tensor([[[0.0], [1.0], [1 + 2.0**-30]]], dtype=torch.float64)
+    x = torch.tensor([[1.0], [3.0]])
+    index = PQIndex(codebook)
+    index.add(x)
+    assert index.codes.flatten().tolist() == [1, 2]
+    assert torch.equal(SoftPQ.from_codebook(codebook).encode(x), index.codes)
 
 
 @pytest.mark.parametrize("words", [1, 2, 255, 256, 257, 1000])
@@ -131,6 +158,13 @@ def test_nothing_to_search(metric: str) -> None:
 
 def test_reconstructs_any_shape() -> None:
     index = filled(300)
+    for narrow in (torch.int8, torch.uint8, torch.int16):  # 90 codes; then more than int8, and uint8, can number
+        assert torch.equal(index.reconstruct(torch.tensor([89]).to(narrow)), index.reconstruct(torch.tensor([89])))
+    large = filled(300, 300)
+    for narrow in (torch.int8, torch.uint8):
+        assert torch.equal(large.reconstruct(torch.tensor([100]).to(narrow)), large.reconstruct(torch.tensor([100])))
+    with pytest.raises(ValueError, match="indices: expected numbers from 0 to 299, got -1"):
+        large.reconstruct(torch.tensor([-1], dtype=torch.int8))
     _, indices = index.search(QUERY, 5)
     rows = index.reconstruct(indices)
     assert rows.shape == (20, 5, M * L)
@@ -155,6 +189,20 @@ def test_files(words: int, metric: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
 
 
+@pytest.mark.parametrize("words", [16, 256, 300, 65536])
+def test_pickles_and_copies(words: int, tmp_path: Path) -> None:
+    index = filled(words, metric="l21")
+    index.add(X)
+    expected = index.search(QUERY, 5)
+    torch.save(index, tmp_path / "index.pt")
+    loaded = torch.load(tmp_path / "index.pt", weights_only=False)
+    for again in (pickle.loads(pickle.dumps(index)), copy.deepcopy(index), copy.copy(index), loaded):
+        torch.testing.assert_close(again.search(QUERY, 5), expected, rtol=0, atol=0)
+        again.add(X)
+        assert torch.equal(again.codes, torch.cat([index.codes, index.codes[90:]]))
+    assert len(index) == 180
+
+
 def test_an_empty_index_and_float64_words_are_kept(tmp_path: Path) -> None:
     PQIndex(CODEBOOK.double()).save(tmp_path / "index")
     index = PQIndex.load(tmp_path / "index")
@@ -177,7 +225,11 @@ TENSORS = {"codebook": CODEBOOK, "codes": torch.zeros(9, M, dtype=torch.uint8)}
         ({"codes": TENSORS["codes"]}, GOOD, "no tensor codebook"),
         ({"a": CODEBOOK}, GOOD, "no tensor codebook and codes"),
         ({**TENSORS, "codes": TENSORS["codes"] + 16}, GOOD, "codes: expected numbers from 0 to 15, got 16"),
-        ({**TENSORS, "codes": TENSORS["codes"][:, :3].contiguous()}, GOOD, r"codes: expected shape \(codes, 4\)"),
+        (
+            {**TENSORS, "codes": TENSORS["codes"][:, :3].contiguous()},
+            GOOD,
+            r"codes: expected shape \(N, 4\)",
+        ),
         ({**TENSORS, "codes": torch.zeros(9, M)}, GOOD, "codes: expected an integer dtype"),
         ({**TENSORS, "codebook": CODEBOOK[0].clone()}, GOOD, "codebook: expected shape"),
         ({**TENSORS, "codebook": CODEBOOK.int()}, GOOD, "codebook: expected float32"),
@@ -218,6 +270,21 @@ def test_damaged_files(tmp_path: Path) -> None:
         PQIndex.load(tmp_path / "nowhere")
     with pytest.raises(IsADirectoryError):
         PQIndex.load(tmp_path)
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for parent in (tmp_path / "nowhere", tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(FileNotFoundError, match=f"no directory to save in: '{parent}'"):
+            filled().save(parent / "index")
+
+    def fails(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: disk full")
+
+    monkeypatch.setattr(pq_index, "save_file", fails)
+    with pytest.raises(OSError, match=f"^{tmp_path / 'index'}: I/O error: disk full"):
+        filled().save(tmp_path / "index")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,10 +399,18 @@ def test_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"codebook": CODEBOOK[0]}, ValueError, "codebook: expected shape"),
         ({"codebook": CODEBOOK[:, :0]}, ValueError, "codebook: expected shape .* none of them 0"),
-        ({"codebook": torch.zeros(1, 65537, 1)}, ValueError, "codebook: expected shape .* at most 65536 words"),
+        (
+            {"codebook": torch.zeros(1, 65537, 1)},
+            ValueError,
+            "codebook: expected at most 65,536 words a book",
+        ),
         ({"codebook": CODEBOOK.long()}, TypeError, "codebook: expected float32"),
         ({"codebook": CODEBOOK * torch.nan}, ValueError, "codebook: expected finite words, got NaN"),
-        ({"codes": torch.zeros(3, 5).byte()}, ValueError, r"codes: expected shape \(codes, 4\), got \(3, 5\)"),
+        (
+            {"codes": torch.zeros(3, 5).byte()},
+            ValueError,
+            r"codes: expected shape \(N, 4\), .* got \(3, 5\)",
+        ),
         ({"codes": torch.zeros(3, M)}, TypeError, "codes: expected an integer dtype, got torch.float32"),
         ({"codes": torch.full((3, M), 16)}, ValueError, "codes: expected numbers from 0 to 15, got 16"),
         ({"codes": torch.full((3, M), -1)}, ValueError, "codes: expected numbers from 0 to 15, got -1"),
@@ -364,6 +439,8 @@ def test_bad_rows_and_indices_are_named() -> None:
         index.add(bad)
     with pytest.raises(ValueError, match="query: expected finite rows"):
         index.search(bad, 2, symmetric=True)
+    with pytest.raises(ValueError, match="x: expected finite rows, got NaN, infinity or squares beyond the dtype"):
+        index.add(1e19 * X)
     assert (index.search(bad, 2)[1][3] == -1).all()
     assert len(index) == 90
     for k, error in ((0, ValueError), (None, TypeError), (1.5, TypeError)):

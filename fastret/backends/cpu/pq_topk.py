@@ -14,7 +14,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(scores, indices), best first, as backends/reference defines them."""
     rows, words = rows_of(query), rows_of(codebook.reshape(-1, codebook.shape[2]))
-    narrow = rows_of(codes if codes.dtype in (torch.uint8, torch.uint16) else codes.to(torch.uint16))
+    # the scan reads 8 bits where those number all words
+    as_they_lie = codes.dtype == torch.uint16 or (codes.dtype == torch.uint8 and codebook.shape[1] <= 1 << 8)
+    narrow = rows_of(codes if as_they_lie else codes.to(torch.uint16))
     scores = torch.empty(len(query), k, dtype=query.dtype)
     indices = torch.empty(len(query), k, dtype=torch.int64)
     _C.pq_topk(
