@@ -54,9 +54,7 @@ class SPQ(nn.Module):
         """
         count = sum(map(len, images))
         if count < WORDS:
-            raise ValueError(
-                f"data: expected at least {WORDS} images to train on, one a word of a book, got {count}"
-            )
+            raise ValueError(f"data: expected at least {WORDS} images to train on, one a word of a book, got {count}")
         device = str(next(model.parameters()).device)
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         momentum = [norm.momentum for norm in norms]
