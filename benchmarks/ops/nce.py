@@ -5,6 +5,7 @@ The official code gathers all B (K + 1) rows and multiplies them in a batch. The
 two passes over as many rows of the bank in a row, which memory gives faster than rows from anywhere.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,7 +43,7 @@ def drawn(inputs: Inputs, impl: str) -> Tensor:
     """The noise is drawn where it is read."""
     k = inputs["noise"].shape[1]
     scores = sampled_dot(inputs["x"], inputs["bank"], first=inputs["index"], count=k, seed=SEED, impl=impl)
-    return nce_of_logits(scores / TEMPERATURE, normalizer(inputs), len(inputs["bank"]), EPS, "mean")
+    return nce_of_logits(scores / TEMPERATURE, math.log(normalizer(inputs)), len(inputs["bank"]), EPS, "mean")
 
 
 def listed(inputs: Inputs, impl: str) -> Tensor:

@@ -64,7 +64,7 @@ struct AssignBlock {
 template <class T> struct AssignSpace {
   T *x, *x_turned, *g, *g_turned, *hard, *out, *strip;
   T *tile, *slopes;                                                     // scores, then p; p', then b
-  T *top, *shift, *sum, *squares, *lse, *dot, *found, *purity, *valid;  // of each row
+  T *top, *shift, *sum, *squares, *lse, *dot, *inverse, *found, *purity, *valid;  // of each row
   Word<T>* code;
   int64_t bytes = 0;
 
@@ -81,7 +81,7 @@ template <class T> struct AssignSpace {
     take(out, rows * std::max(x_width, g_width));
     take(strip, p.keys.data ? 0 : rows * kStrip);
     for (T** t : {&tile, &slopes}) take(*t, tile_size);
-    for (T** t : {&top, &shift, &sum, &squares, &lse, &dot, &found, &purity, &valid}) take(*t, rows);
+    for (T** t : {&top, &shift, &sum, &squares, &lse, &dot, &inverse, &found, &purity, &valid}) take(*t, rows);
     take(code, rows);
   }
 };

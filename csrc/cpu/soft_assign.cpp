@@ -47,7 +47,7 @@ template <class T> class SoftAssign {
             count_usage(b, begin, end, r.lse, usage, s);
           });
         });
-      merge(r.usage, 0, T(n_));
+      merge(r.usage, 0, T(std::max<int64_t>(1, n_)));
     }
   }
 
@@ -291,10 +291,11 @@ template <class T> class SoftAssign {
       load_x(b, s);
       load_lse(u.lse, b, s);
       T* dots = static_cast<T*>(w_.dots) + range.book * n_ + b.row;
+      std::fill(s.inverse, s.inverse + b.width, T(1));
       if (part.dots) {
-        std::fill(s.found, s.found + b.width, T(0));
+        for (T* zero : {s.found, s.sum}) std::fill(zero, zero + b.width, T(0));
         for_chunks(words_, w_.plan.words, [&](int64_t begin, int64_t end) { weigh(b, begin, end, u, s); });
-        std::copy(s.found, s.found + b.width, s.dot);
+        normalize(b, u, s);
         if (w_.dots) std::copy(s.dot, s.dot + b.count, dots);
       } else if (scores) {
         std::fill(s.dot + b.count, s.dot + b.width, T(0));
@@ -349,7 +350,19 @@ template <class T> class SoftAssign {
     }
   }
 
-  // Tiles of p, and of p'; s.found grows by the sums of their products.
+  // A rounded log-sum-exp makes a p whose sum is not 1 where scores are large, and b would not balance: dots are of p
+  // over its sum, and so is, row by row, what p and b go into.
+  void normalize(const Block& b, const SoftAssignUpstream& u, const Space& s) const {
+    for (int64_t r = 0; r < b.width; ++r) {
+      s.inverse[r] = r < b.count ? T(1) / s.sum[r] : T(0);
+      s.dot[r] = s.found[r] * s.inverse[r];
+    }
+    if (!u.soft.data) return;
+    for (int64_t r = 0; r < b.count; ++r)
+      for (int64_t c = 0; c < l_; ++c) s.g[r * padded<T>(l_) + c] *= s.inverse[r];
+  }
+
+  // Tiles of p, and of p'; s.found grows by the sums of their products, s.sum by those of p.
   void weigh(const Block& b, int64_t begin, int64_t end, const SoftAssignUpstream& u, const Space& s) const {
     multiply_scores(b, begin, end, s);
     if (u.soft.data || (u.hard.data && u.straight_through))
@@ -359,11 +372,11 @@ template <class T> class SoftAssign {
     const T* usage = u.usage.data ? u.usage.as<T>() + b.book * words_ + begin : nullptr;
     in_runs<T>(end - begin, b.width, [&](int64_t from, int64_t to, auto group, int64_t j) {
       constexpr int G = decltype(group)::value;
-      Vec<T> lse[G], purity[G], total[G];
+      Vec<T> lse[G], purity[G], total[G], mass[G];
       for (int g = 0; g < G; ++g) {
         lse[g] = load<T>(s.lse + j + g * lanes<T>);
         purity[g] = T(2) * load<T>(s.purity + j + g * lanes<T>);
-        total[g] = Vec<T>{};
+        total[g] = mass[g] = Vec<T>{};
       }
       for_biases(b, begin, from, to, [&](int64_t k, Vec<T> bias) {
         T *row = s.tile + k * kRowBlock + j, *slope = s.slopes + k * kRowBlock + j;
@@ -374,9 +387,11 @@ template <class T> class SoftAssign {
           store<T>(row + g * lanes<T>, p);
           store<T>(slope + g * lanes<T>, d);
           total[g] += p * d;
+          mass[g] += p;
         }
       });
       add_groups<T>(total, s.found + j);
+      add_groups<T>(mass, s.sum + j);
     });
   }
 
@@ -386,12 +401,13 @@ template <class T> class SoftAssign {
     probabilities(b, begin, end, s);
   }
 
-  // p' becomes b = p (p' - sum over all words of p p').
+  // p' becomes b = p (p' - sum over all words of p p'), with p over its sum.
   void turn_into_slopes(const Block& b, int64_t words, const Space& s) const {
     for (int64_t k = 0; k < words; ++k)
       for (int64_t j = 0; j < b.width; j += lanes<T>) {
         T* slope = s.slopes + k * kRowBlock + j;
-        store<T>(slope, load<T>(s.tile + k * kRowBlock + j) * (load<T>(slope) - load<T>(s.dot + j)));
+        const Vec<T> p = load<T>(s.tile + k * kRowBlock + j) * load<T>(s.inverse + j);
+        store<T>(slope, p * (load<T>(slope) - load<T>(s.dot + j)));
       }
   }
 

@@ -129,7 +129,7 @@ class DPQ(ProductQuantizer):
             self._normalized(found.hard),
             found.codes,
             found.usage.square().sum(),
-            found.purity.sum(1).mean(),
+            reduce_valid(found.purity.sum(1), None, "mean"),
         )
 
     def extra_repr(self) -> str:

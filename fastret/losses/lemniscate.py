@@ -8,12 +8,15 @@ Each forward's rows update ``memory`` in its backward. ``fastret.NPID`` is the f
 ``fastret.InstanceSoftmax`` is the third with its cross-entropy, without the (B, C) matrix.
 """
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from fastret.losses.memory_bank import INITS
-from fastret.losses.npid import update_in_backward
+from fastret.losses.npid import NPID, update_in_backward
 from fastret.ops import checks
+from fastret.ops.in_range import in_range
 from fastret.ops.sampled_dot import sampled_dot
 from fastret.ops.update_rows import check_update, update_rows_
 
@@ -31,6 +34,7 @@ class NCEAverage(nn.Module):
         Z: ignored, as in the released code: the first forward sets it.
 
     Attributes:
+        draws: 0-dim int64, which a state of the released code does not have and is loaded without.
         memory: (C, D). params: [K, T, Z, momentum] in float32, where Z is -1 until it is set; of a checkpoint's, Z
             alone is taken, the others are the constructor's.
 
@@ -38,6 +42,7 @@ class NCEAverage(nn.Module):
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
+    citation: ClassVar[str] = NPID.citation
     memory: Tensor
     params: Tensor
     draws: Tensor
@@ -56,7 +61,8 @@ class NCEAverage(nn.Module):
         self.K, self.T, self.momentum = K, T, momentum
         self.register_buffer("memory", _memory(inputSize, outputSize, T, momentum))
         self.register_buffer("params", torch.tensor([K, T, -1.0, momentum]))
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64), persistent=False)  # no such state there
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(_without_draws)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, K + 1) of ``x`` (B, D), unit rows, the images ``y`` (B,)."""
@@ -76,6 +82,8 @@ class NCECriterion(nn.Module):
     Args:
         nLem: C, images.
     """
+
+    citation: ClassVar[str] = NPID.citation
 
     def __init__(self, nLem: int) -> None:
         super().__init__()
@@ -106,6 +114,7 @@ class LinearAverage(nn.Module):
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
+    citation: ClassVar[str] = NPID.citation
     memory: Tensor
     params: Tensor
 
@@ -121,6 +130,10 @@ class LinearAverage(nn.Module):
         return x @ self.memory.T / self.T
 
 
+def _without_draws(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.setdefault(f"{prefix}draws", torch.zeros((), dtype=torch.int64))
+
+
 def _memory(inputSize: int, outputSize: int, T: float, momentum: float) -> Tensor:
     checks.check_integer(inputSize, "inputSize", 1)
     checks.check_integer(outputSize, "outputSize", 1)
@@ -132,7 +145,10 @@ def _memory(inputSize: int, outputSize: int, T: float, momentum: float) -> Tenso
 def _updating(module: nn.Module, x: Tensor, y: Tensor, memory: Tensor, momentum: float) -> Tensor:
     """x, whose backward updates the memory."""
     checks.check_rows(x, "x")
+    if x.shape[1] != memory.shape[1]:
+        raise ValueError(f"x: expected {memory.shape[1]} columns like the memory, got {x.shape[1]}")
     checks.check_labels(y, x, "y")
+    y = in_range(y, memory.shape[0], "y")
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{type(module).__name__}: its update in backward is eager only; fastret.NPID(update='manual') compiles"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,12 @@ class MemoryBank(nn.Module):
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
+    citation: ClassVar[str] = (
+        "@inproceedings{wu2018unsupervised, "
+        "title={Unsupervised Feature Learning via Non-Parametric Instance Discrimination}, "
+        "author={Wu, Zhirong and Xiong, Yuanjun and Yu, Stella X. and Lin, Dahua}, "
+        "booktitle={Conference on Computer Vision and Pattern Recognition}, year={2018}}"
+    )
     memory: Tensor
     labels: Tensor
     pointer: Tensor

@@ -17,9 +17,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastret.backends.rows import unit_rows
+from fastret.losses.memory_bank import MemoryBank
 from fastret.losses.reduction import check_reduction, log1p_exp, over_temperature, reduce_valid
 from fastret.ops import checks
-from fastret.ops.sampled_dot import sampled_dot
+from fastret.ops.in_range import in_range
+from fastret.ops.sampled_dot import check_columns, sampled_dot
 
 
 def nce(
@@ -56,21 +58,23 @@ def nce(
     checks.check_rows(x, "x")
     check_normalizer(Z, x)
     x = unit_rows(x) if normalize else x
+    checks.check_rows(bank, "bank", like=x)
+    checks.check_labels(index, x, "index")
+    check_columns(noise, x, "noise")
+    index, noise = (in_range(t, bank.shape[0], name) for t, name in ((index, "index"), (noise, "noise")))
     scores = sampled_dot(x, bank, first=index, index=noise, impl=impl) * over_temperature(temperature, x)
-    return nce_of_logits(scores, Z, bank.shape[0], eps, reduction)
+    log_Z = Z.detach().to(scores.dtype).log() if isinstance(Z, Tensor) else math.log(Z)
+    return nce_of_logits(scores, log_Z, bank.shape[0], eps, reduction)
 
 
-def nce_of_logits(logits: Tensor, Z: float | Tensor, size: int, eps: float, reduction: str) -> Tensor:
+def nce_of_logits(logits: Tensor, log_Z: float | Tensor, size: int, eps: float, reduction: str) -> Tensor:
     """The loss of (B, K + 1) scores over temperature, that of the image first, from a bank of ``size`` rows."""
     k = logits.shape[1] - 1
     ratio = k / size
-    shift: float | Tensor
-    if isinstance(Z, Tensor):
-        Z = Z.detach().to(logits.dtype)
-        shift = Z.log()[:, None] if Z.dim() == 1 else Z.log()
-    else:
-        shift = math.log(Z)
-    a = logits - (shift + math.log(ratio + eps))
+    if isinstance(log_Z, Tensor):
+        log_Z = log_Z.to(logits.dtype)
+        log_Z = log_Z[:, None] if log_Z.dim() else log_Z
+    a = logits - (log_Z + math.log(ratio + eps))
     losses = log1p_exp(-a[:, 0]) + log1p_exp(a[:, 1:]).sum(1) + k * math.log1p(eps / ratio)
     return reduce_valid(losses, None, reduction)
 
@@ -104,12 +108,7 @@ class NCELoss(nn.Module):
         Z, eps, normalize, reduction, impl: as in ``fastret.functional.nce``, and so are the errors raised.
     """
 
-    citation: ClassVar[str] = (
-        "@inproceedings{wu2018unsupervised, "
-        "title={Unsupervised Feature Learning via Non-Parametric Instance Discrimination}, "
-        "author={Wu, Zhirong and Xiong, Yuanjun and Yu, Stella X. and Lin, Dahua}, "
-        "booktitle={Conference on Computer Vision and Pattern Recognition}, year={2018}}"
-    )
+    citation: ClassVar[str] = MemoryBank.citation
 
     def __init__(
         self,
@@ -126,7 +125,11 @@ class NCELoss(nn.Module):
         check_reduction(reduction)
         check_eps(eps)
         self.temperature = temperature
-        self.Z = Z
+        self.Z: float | Tensor
+        if isinstance(Z, Tensor):
+            self.register_buffer("Z", Z)
+        else:
+            self.Z = Z
         self.eps = eps
         self.normalize = normalize
         self.reduction = reduction

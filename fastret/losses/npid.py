@@ -12,6 +12,7 @@ Articles about it differ: one Z a place in the batch (``Z_rows``), no eps, the w
 (``convention="new"``), and the update after the optimiser's step (``update="manual"``).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -58,19 +59,14 @@ class NPID(nn.Module):
         impl: as in ``fastret.ops.sampled_dot``.
 
     Attributes:
-        bank: the ``MemoryBank``. Z: 0-dim (or (Z_rows,)) float32, -1 until it is known.
+        bank: the ``MemoryBank``. log_Z: 0-dim (or (Z_rows,)) float32, NaN until it is known. Z: its exponential.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
-    citation: ClassVar[str] = (
-        "@inproceedings{wu2018unsupervised, "
-        "title={Unsupervised Feature Learning via Non-Parametric Instance Discrimination}, "
-        "author={Wu, Zhirong and Xiong, Yuanjun and Yu, Stella X. and Lin, Dahua}, "
-        "booktitle={Conference on Computer Vision and Pattern Recognition}, year={2018}}"
-    )
-    Z: Tensor
+    citation: ClassVar[str] = MemoryBank.citation
+    log_Z: Tensor
     draws: Tensor
 
     def __init__(
@@ -112,16 +108,17 @@ class NPID(nn.Module):
         )
         self.num_noise, self.temperature, self.eps, self.update = num_noise, temperature, eps, update
         self.normalize, self.reduction, self.impl = normalize, reduction, impl
-        self.register_buffer("Z", torch.full(() if Z_rows is None else (Z_rows,), -1.0 if Z is None else Z))
+        log_Z = math.nan if Z is None else math.log(Z)
+        self.register_buffer("log_Z", torch.full(() if Z_rows is None else (Z_rows,), log_Z))
         self.register_buffer("draws", torch.tensor(seed))  # 64 bits: the number of the batch above the seed
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         """Loss of ``x`` (B, D), the images ``index`` (B,) from 0 to size - 1."""
         checks.check_rows(x, "x")
         checks.check_labels(index, x, "index")
-        if self.Z.dim() and x.shape[0] != self.Z.shape[0]:
+        if self.log_Z.dim() and x.shape[0] != self.log_Z.shape[0]:
             raise ValueError(
-                f"x: expected {self.Z.shape[0]} rows, one for each Z (drop the last batch), got {x.shape[0]}"
+                f"x: expected {self.log_Z.shape[0]} rows, one for each Z (drop the last batch), got {x.shape[0]}"
             )
         x = unit_rows(x) if self.normalize else x
         if self.update == "backward" and self.training and torch.is_grad_enabled() and x.requires_grad:
@@ -135,15 +132,22 @@ class NPID(nn.Module):
         logits = logits / self.temperature
         return nce_of_logits(logits, self._normalizer(logits), self.bank.size, self.eps, self.reduction)
 
+    @property
+    def Z(self) -> Tensor:
+        """The normaliser; NaN until the first batch."""
+        return self.log_Z.exp()
+
     @torch.no_grad()
     def _normalizer(self, logits: Tensor) -> Tensor:
-        """Z, of this batch where there is none yet; and on to the noise of the next."""
-        likelihood = logits.exp().mean(1) if self.Z.dim() else logits.exp().mean()
-        Z = torch.where(self.Z > 0, self.Z, likelihood.to(self.Z.dtype) * self.bank.size)
+        """log Z, of this batch where there is none yet; and on to the noise of the next."""
+        numbers = logits if self.log_Z.dim() else logits.flatten()
+        kept = self.log_Z.to(logits.dtype)
+        of_batch = numbers.logsumexp(-1) + math.log(self.bank.size / max(1, numbers.shape[-1]))
+        log_Z = torch.where(kept.isnan(), of_batch, kept) if len(logits) else kept
         if self.training:
-            self.Z.copy_(Z)
+            self.log_Z.copy_(log_Z)
             self.draws += 1 << 32
-        return Z
+        return log_Z
 
     def update_(self, x: Tensor, index: Tensor) -> None:
         """Update the bank's rows ``index`` with ``x``: with update="manual", after the optimiser's step for example."""

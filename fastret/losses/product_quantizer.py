@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastret.ops import checks
-from fastret.ops.word_numbers import word_numbers
+from fastret.ops.in_range import in_range
 from fastret.retrieval.faiss_pq import to_index_pq
 
 ROWS = 1 << 14  # encoded at once: their int64 codes are what exists beside the result
@@ -110,7 +110,7 @@ class ProductQuantizer(nn.Module):
         words = self._words().detach().flatten(0, 1)
         rows = words.new_empty(codes.shape[0], words.shape[1] * self.num_books)
         for block in _blocks(codes):
-            rows[block] = words[word_numbers(codes[block], self.num_words)].flatten(1)
+            rows[block] = words[self._places(codes[block])].flatten(1)
         return rows
 
     def usage(self, x: Tensor) -> CodeUsage:
@@ -124,7 +124,7 @@ class ProductQuantizer(nn.Module):
         books, words = self.num_books, self.num_words
         counts = torch.zeros(books * words, dtype=torch.int64, device=codes.device)
         for block in _blocks(codes):
-            counts += torch.bincount(word_numbers(codes[block], words).flatten(), minlength=books * words)
+            counts += torch.bincount(self._places(codes[block]).flatten(), minlength=books * words)
         counts = counts.view(books, words)
         shares = counts / counts.sum(1, keepdim=True)
         return CodeUsage(counts, torch.special.entr(shares).sum(1).exp(), (counts == 0).sum(1))
@@ -139,6 +139,11 @@ class ProductQuantizer(nn.Module):
             ValueError: the number of words is no power of two.
         """
         return to_index_pq(self._words().detach(), None, "l2")
+
+    def _places(self, codes: Tensor) -> Tensor:
+        """Numbers of words among those of all books."""
+        codes = in_range(codes, self.num_words, "codes")  # compiled as well: what is no word would be the next book's
+        return codes + torch.arange(self.num_books, device=codes.device) * self.num_words
 
     def extra_repr(self) -> str:
         return f"num_books={self.num_books}, num_words={self.num_words}, word_dim={self.word_dim}"

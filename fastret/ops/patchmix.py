@@ -59,9 +59,8 @@ def patch_groups(
         permutation = torch.randperm(patches, generator=generator, device=where)
     else:
         _check_permutation(permutation, patches)
-    inverse = permutation.to(torch.int64).argsort()
-    size = patches // m
-    return torch.where(inverse < size * m, inverse // size, 0).to(device or permutation.device)
+    groups: Tensor = torch.ops.fastret.patch_groups.default(permutation, m)
+    return groups.to(device or permutation.device)
 
 
 def patchmix(
@@ -121,10 +120,23 @@ def _check_permutation(permutation: Tensor, patches: int) -> None:
         raise TypeError(f"permutation: expected an integer tensor, got {given}")
     if permutation.shape != (patches,):
         raise ValueError(f"permutation: expected shape ({patches},), a patch each, got {tuple(permutation.shape)}")
-    if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
-        ascending = permutation.to(torch.int64).sort().values
-        if not torch.equal(ascending, torch.arange(patches)):
-            raise ValueError(f"permutation: expected each number from 0 to {patches - 1} once")
+
+
+def _groups(permutation: Tensor, m: int) -> Tensor:
+    ascending, inverse = permutation.to(torch.int64).sort()
+    patches = len(permutation)
+    right = (ascending == torch.arange(patches, device=ascending.device)).all()
+    message = f"permutation: expected each number from 0 to {patches - 1} once"
+    if right.device.type != "cpu":
+        torch._assert_async(right, message)
+    elif not right:
+        raise ValueError(message)
+    size = patches // m
+    return torch.where(inverse < size * m, inverse // size, 0)
+
+
+def _groups_fake(permutation: Tensor, m: int) -> Tensor:
+    return torch.empty_like(permutation, dtype=torch.int64)
 
 
 def _forward(x: Tensor, groups: Tensor, patch: int, impl: str) -> Tensor:
@@ -136,6 +148,7 @@ def _forward_fake(x: Tensor, groups: Tensor, patch: int, impl: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+define("patch_groups(Tensor permutation, SymInt m) -> Tensor", _groups, _groups_fake)
 define("patchmix(Tensor x, Tensor groups, SymInt patch, str impl) -> Tensor", _forward, _forward_fake)
 
 _operator = torch.ops.fastret.patchmix.default

@@ -65,7 +65,7 @@ def sampled_dot(
         raise ValueError("count, seed: expected both or neither")
     drawn = None
     if index is not None:
-        _check_index(index, x)
+        check_columns(index, x, "index")
         index = index.to(torch.int64)
     else:
         checks.check_count(count, "count")
@@ -92,15 +92,16 @@ def _check_rows(x: Tensor, bank: Tensor) -> None:
         raise ValueError("bank: expected at least one row, got none")
 
 
-def _check_index(index: Tensor, x: Tensor) -> None:
+def check_columns(index: Tensor, x: Tensor, name: str) -> None:
+    """Some integers a row, on the device of the rows."""
     if not isinstance(index, Tensor):
-        raise TypeError(f"index: expected an integer tensor of shape (N, K), got {type(index).__name__}")
+        raise TypeError(f"{name}: expected an integer tensor of shape (N, K), got {type(index).__name__}")
     if index.dtype not in checks.INTEGERS:
-        raise TypeError(f"index: expected an integer dtype, got {index.dtype}")
+        raise TypeError(f"{name}: expected an integer dtype, got {index.dtype}")
     if index.dim() != 2 or index.shape[0] != x.shape[0] or index.shape[1] == 0:
-        raise ValueError(f"index: expected shape ({x.shape[0]}, K) with K >= 1, got {tuple(index.shape)}")
+        raise ValueError(f"{name}: expected shape ({x.shape[0]}, K) with K >= 1, got {tuple(index.shape)}")
     if index.device != x.device:
-        raise ValueError(f"index: expected device {x.device} like the rows, got {index.device}")
+        raise ValueError(f"{name}: expected device {x.device} like the rows, got {index.device}")
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

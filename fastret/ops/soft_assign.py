@@ -20,7 +20,8 @@ Gradients, with p' the derivative of what follows with respect to p and G that w
 A distance is a score with keys: with r the mean word of the book, u = 2 tau <x - r, c - r> - tau |c - r|^2 up to a
 constant of the row, which loses fewer digits than <x, c> and |c|^2 where words lie far from the origin (rows of half
 precision stay as they are, and the product with r is in the bias). So kernels know keys only, and the gradients of tau
-and of the codebook as keys are PyTorch's, of tensors of the size of the codebook.
+and of the codebook as keys are PyTorch's, of tensors of the size of the codebook. Products lose digits that differences
+keep where |x - r| and |c - r| are large beside |x - c|: in float32 gradients were measured 1.1 to 2.7 times as far off.
 
 ``hard``: "detached": its gradient goes to the words that were taken; "straight-through": also to the scores, as if it
 were soft's (Bengio et al., 2013).
@@ -48,7 +49,7 @@ from torch import Tensor
 
 from fastret.backends import registry
 from fastret.backends.reference import soft_assign as reference
-from fastret.backends.rows import accumulation_dtype
+from fastret.backends.rows import accumulation_dtype, poison
 from fastret.ops import checks
 from fastret.ops.library import define, refuse
 
@@ -224,6 +225,17 @@ def _keys(x: Tensor, codebook: Tensor, tau: float | Tensor) -> tuple[Tensor, Ten
     return x, 2 * tau * away, -tau * (away.square() + 2 * middle * away).sum(2)
 
 
+def _nothing(
+    x: Tensor | None, keys: Tensor | None, bias: Tensor | None, logits: Tensor | None, codebook: Tensor
+) -> Tensor:
+    """(N, M, 1) zeros, NaN where a part's scores are: a word, which is taken by comparison, would hide it."""
+    rows = _rows(x, logits).unflatten(1, (codebook.shape[0], -1))
+    # a logit of -inf is a word that is not to be taken
+    bad = rows.isnan() | (rows == torch.inf) if x is None else ~rows.isfinite()
+    words = poison(*(t for t in (keys, bias, codebook) if t is not None))
+    return torch.where(bad.any(2, keepdim=True), torch.nan, words.to(codebook.dtype))
+
+
 def _forward(
     x: Tensor | None,
     keys: Tensor | None,
@@ -356,7 +368,8 @@ class _SoftAssign(torch.autograd.Function):
         words = codebook.new_empty(0)
         if hard:
             place = codes + torch.arange(codebook.shape[0], device=codes.device) * codebook.shape[1]
-            words = codebook.flatten(0, 1)[place].flatten(1).to(_rows(x, logits).dtype)
+            nothing = _nothing(x, keys, bias, logits, codebook)
+            words = (codebook.flatten(0, 1)[place] + nothing).flatten(1).to(_rows(x, logits).dtype)
         return codes, values, words, used, squares, lse
 
     @staticmethod

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastret.backends.rows import accumulation_dtype, row_norms
 from fastret.ops import checks
+from fastret.ops.in_range import in_range
+from fastret.ops.segment_mean import segment_mean
 
 CONVENTIONS = ("old", "new")
 DUPLICATES = ("last", "first", "mean")
@@ -52,9 +54,8 @@ def update_rows_(
         raise ValueError(f"x: expected {bank.shape[1]} columns like the bank, got {x.shape[1]}")
     checks.check_rows(x, "x", like=bank)
     checks.check_labels(index, x, "index")
-    checks.check_range(index, bank.shape[0], "index")
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
-        index = index.to(torch.int64)
+        index = in_range(index, bank.shape[0], "index")
         wide = accumulation_dtype(bank.dtype)
         new = _one_of_each(index, x.detach().to(wide), duplicates)
         kept, taken = (momentum, 1 - momentum) if convention == "old" else (1 - momentum, momentum)
@@ -85,5 +86,5 @@ def _one_of_each(index: Tensor, x: Tensor, duplicates: str) -> Tensor:
         return x[order[end - 1]]
     if duplicates == "first":
         return x[order[begin]]
-    sums = torch.zeros_like(x).index_add_(0, begin, x)
-    return sums[begin] / (end - begin)[:, None]
+    means, _ = segment_mean(x, begin, len(x), impl="auto")
+    return means[begin]

@@ -1,4 +1,4 @@
-"""Random views of images, drawn for each image alone: shifts, affine maps, crops, light, erased parts, stroke widths.
+"""Random views of images, drawn for each image alone: shifts, affine maps, crops, light, stroke widths.
 
 `Views` says which of them suit a kind of images.
 
@@ -133,26 +133,6 @@ def random_gamma(images: Tensor, amount: float, *, generator: torch.Generator) -
     return (images / WHITE).clamp(0, 1).pow(power) * WHITE
 
 
-def random_erase(images: Tensor, side: float, *, generator: torch.Generator) -> Tensor:
-    """Each second image, on average, with a rectangle of it black.
-
-    Args:
-        images: (n, c, h, w).
-        side: largest share of the image's height and of its width that the rectangle has; the smallest is 0.1.
-        generator: draws which images, and the rectangles, uniformly.
-    """
-    n, _, height, width = images.shape
-    inside = []
-    for pixels in (height, width):
-        length = 0.1 + (side - 0.1) * torch.rand(n, 1, generator=generator)
-        begin = (1 - length) * torch.rand(n, 1, generator=generator)
-        place = (torch.arange(pixels) + 0.5) / pixels
-        inside.append((place >= begin) & (place < begin + length))
-    chosen = torch.rand(n, 1, 1, generator=generator) < 0.5
-    erased = inside[0][:, :, None] & inside[1][:, None, :] & chosen
-    return images.masked_fill(erased[:, None], 0)
-
-
 @dataclass(frozen=True)
 class Views:
     """Which random changes leave an image of some kind what it is; attributes as the functions of this file name them.
@@ -168,7 +148,6 @@ class Views:
     flip: float = 0.0
     gamma: float = 0.0
     light: float = 0.0
-    erase: float = 0.0
     stroke: bool = False
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -188,8 +167,6 @@ class Views:
             views = random_gamma(views, self.gamma, generator=generator)
         if self.light:
             views = random_light(views, self.light, generator=generator)
-        if self.erase:
-            views = random_erase(views, self.erase, generator=generator)
         return views
 
 

@@ -1,6 +1,7 @@
 """plot.png: the loss of every step, and retrieval of unseen images before and after; needs matplotlib."""
 
 from pathlib import Path
+from textwrap import fill
 
 from fastret.training.losses import training_loss
 from fastret.training.report import Report
@@ -23,7 +24,7 @@ def write_plot(report: Report, folder: Path) -> None:
 
     # A figure of its own, without pyplot: no display, no global state.
     figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, retrieval = figure.subplots(1, 2, width_ratios=(3, 2))
+    loss, retrieval = figure.subplots(1, 2, width_ratios=(1, 1) if len(report.after.named()) > 3 else (3, 2))
 
     steps = range(1, len(report.history) + 1)
     loss.plot(steps, report.history, color=AFTER, linewidth=1.5, marker="o" if len(report.history) == 1 else None)
@@ -47,8 +48,10 @@ def write_plot(report: Report, folder: Path) -> None:
     retrieval.set_ylabel("%")
     retrieval.set_ylim(0, 110)
     retrieval.set_yticks(range(0, 101, 20))
-    retrieval.set_xticks(range(len(names)), names)
-    retrieval.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+    shown = [fill(name, 11) for name in names]
+    lines = max(name.count("\n") + 1 for name in shown)
+    retrieval.set_xticks(range(len(names)), shown, fontsize="small")
+    retrieval.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05 - 0.05 * lines), ncols=2, frameon=False)
     for axes in (loss, retrieval):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / NAME, dpi=120)

@@ -86,8 +86,10 @@ def assert_right(arguments: dict[str, Any], dtype: torch.dtype, weights: list[Te
     right, theirs_right = ((r.codes == exact[0].codes).double().mean() for r, _ in (mine, naive))
     assert right >= theirs_right - 0.02
     for truth, other, own in zip(*((r[1], *r[3:], *g) for r, g in (exact, naive, mine)), strict=True):
-        theirs, ours = ((t.double() - truth).abs().max() for t in (other, own))
-        assert ours <= 2 * theirs + 16 * torch.finfo(dtype).eps * truth.abs().max()
+        theirs, ours = ((t.double() - truth).norm() for t in (other, own))
+        # distances are products here, differences there: ops/soft_assign.py says what was measured
+        factor, ulps = (3, 8) if "tau" in arguments else (2, 4)
+        assert ours <= factor * theirs + ulps * torch.finfo(dtype).eps * truth.norm()
 
 
 @pytest.mark.parametrize("isa", _C.supported_isas())

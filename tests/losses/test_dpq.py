@@ -79,6 +79,12 @@ def leaves(*parts: Tensor | torch.nn.Module) -> list[Tensor]:
     return [t for part in parts for t in ([part] if isinstance(part, Tensor) else part.parameters())]
 
 
+def test_no_rows_have_no_loss() -> None:
+    quantized = fastret.DPQ(8, 2, 4)(torch.zeros(0, 8))
+    assert [float(v.detach()) for v in (quantized.diversity, quantized.sharpness)] == [0, 0]
+    assert float(fastret.DPQLoss(3, 8)(quantized, torch.zeros(0, dtype=torch.int64)).detach()) == 0
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"intra_normalize": True}], ids=str)
 def test_equals_the_dense_formulas(impl: str, options: dict[str, Any]) -> None:
@@ -191,7 +197,9 @@ def test_compiles_and_runs_under_autocast(impl: str, options: dict[str, Any]) ->
     loss.backward()
     exact = head(half.float())
     assert torch.equal(found.codes, exact.codes)
-    torch.testing.assert_close(found.soft, exact.soft.bfloat16())
+    # probabilities may be rounded too: tensor cores multiply bfloat16
+    bound = float(torch.finfo(torch.bfloat16).eps * exact.hard.detach().abs().max())
+    torch.testing.assert_close(found.soft, exact.soft.bfloat16(), rtol=0, atol=bound)
     torch.testing.assert_close(loss, criterion(exact, LABELS), rtol=2e-2, atol=0)
     assert all(t.grad.isfinite().all() for t in leaves(x, head, criterion))
 

@@ -132,13 +132,6 @@ def test_compiled_a_code_that_is_no_word_is_refused(backend: str) -> None:
             decode(torch.tensor([[4, 0], [wrong, 1]]))
 
 
-def test_opcheck_of_word_numbers() -> None:
-    for dtype in (torch.uint8, torch.int64):
-        codes = torch.tensor([[4, 0], [2, 1]], dtype=dtype)
-        assert torch.ops.fastret.word_numbers.default(codes, 5).tolist() == [[4, 5], [2, 6]]
-        torch.library.opcheck(torch.ops.fastret.word_numbers.default, (codes, 5))
-
-
 @pytest.mark.parametrize("words", [16, 257])
 def test_codes_go_into_an_index(words: int) -> None:
     module = fastret.SoftPQ(3, words, 4)

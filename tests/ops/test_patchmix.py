@@ -105,6 +105,15 @@ def test_opcheck_compile_and_torch_func(impl: str) -> None:
         many = torch.vmap(torch.func.grad(value))(batch)
     assert torch.equal(many, torch.stack([torch.func.grad(value)(a) for a in batch]))
     torch._dynamo.reset()
+    torch.library.opcheck(torch.ops.fastret.patch_groups.default, (permutation, 2))
+    wrong = torch.compile(
+        lambda a: patchmix(a, 2, 2, permutation=torch.zeros(4, dtype=torch.int64), impl=impl),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(ValueError, match="permutation: expected each number from 0 to 3 once"):
+        wrong(x)
+    torch._dynamo.reset()
     compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
     assert torch.equal(torch.autograd.grad(compiled(x.requires_grad_()), x)[0], expected)
 

@@ -56,6 +56,20 @@ def test_raw_rows_zero_rows_and_no_rows() -> None:
     torch.testing.assert_close(bank[2], torch.full((4,), 0.5))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_graph_looks_at_the_index_too() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda b, i, x: update_rows_(b, i, x), fullgraph=True, backend="aot_eager")
+    bank, x = torch.randn(6, 3), torch.randn(2, 3)
+    eager = bank.clone()
+    compiled(bank, torch.tensor([4, 1]), x)
+    assert torch.equal(bank, update_rows_(eager, torch.tensor([4, 1]), x))
+    for wrong in (-1, 6):
+        with pytest.raises(ValueError, match=f"index: expected numbers from 0 to 5, got {wrong}"):
+            compiled(bank, torch.tensor([1, wrong]), x)
+    assert torch.equal(bank, eager)
+
+
 def test_no_part_of_a_graph() -> None:
     bank, x = torch.randn(4, 3), torch.randn(2, 3).requires_grad_()
     update_rows_(bank, torch.tensor([3, 1]), x)

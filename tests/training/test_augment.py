@@ -11,7 +11,6 @@ from fastret.training.augment import (
     PHOTOS,
     Views,
     random_affine,
-    random_erase,
     random_gamma,
     random_light,
     random_stroke,
@@ -158,24 +157,10 @@ def test_gamma_is_a_power_of_the_brightness() -> None:
     assert power.log().mean().abs() < 0.1
 
 
-def test_erases_a_rectangle_of_every_second_image() -> None:
-    images = torch.full((1000, 2, 32, 24), 7.0)
-    erased = random_erase(images, 0.5, generator=_generator())
-    black = erased == 0
-    assert torch.equal(black[:, 0], black[:, 1])
-    assert 420 < black.flatten(1).any(1).sum() < 580
-    for mask in black[:50, 0]:
-        rows, columns = mask.any(1), mask.any(0)
-        assert torch.equal(mask, rows[:, None] & columns)
-        assert rows.sum() <= 17
-        assert columns.sum() <= 13
-    assert (erased[~black] == 7).all()
-
-
 def test_views_are_float_of_the_same_range_and_differ() -> None:
     images = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8, generator=_generator())
     assert torch.equal(images.float(), Views()(images, _generator()).round())
-    for views in (GLYPHS, PHOTOS, Views(erase=0.5)):
+    for views in (GLYPHS, PHOTOS, Views(light=0.5)):
         first, again, other = views(images, _generator()), views(images, _generator()), views(images, _generator(1))
         assert first.dtype == torch.float32
         assert first.shape == images.shape

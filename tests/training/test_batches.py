@@ -48,7 +48,7 @@ def test_state_goes_on_with_the_very_next_batch(kind: str) -> None:
     def build(seed: int) -> ClassBatches | ViewBatches:
         if kind == "classes":
             return ClassBatches(_data(), 3, 2, seed)
-        return ViewBatches(_data(), 7, 2, seed, Views(shift=0.2, erase=0.5))
+        return ViewBatches(_data(), 7, 2, seed, Views(shift=0.2, light=0.5))
 
     first, second = build(0), build(1)
     for _ in range(4):

@@ -25,10 +25,17 @@ def soft_assign(
     p = scores.softmax(2)
     codes = scores.argmax(2)  # the first of equals, as documented
     chosen = torch.nn.functional.one_hot(codes, scores.shape[2]).to(wide)
-    hard = _words(chosen, codebook)
+    nothing = 0 * p.detach().sum(2, keepdim=True)  # NaN has no word
+    hard = _words(chosen + nothing, codebook)
     if straight_through:  # the value of the word, and the gradient of p as if the word had come from p
         hard = hard + _words(p - p.detach(), codebook.detach())
-    return _words(p, codebook).to(rows.dtype), hard.to(rows.dtype), codes, p.mean(0), p.square().sum(2)
+    return (
+        _words(p, codebook).to(rows.dtype),
+        hard.to(rows.dtype),
+        codes,
+        p.sum(0) / max(p.shape[0], 1),
+        p.square().sum(2),
+    )
 
 
 def _words(weights: Tensor, codebook: Tensor) -> Tensor:

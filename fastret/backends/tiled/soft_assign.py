@@ -41,7 +41,7 @@ def forward(
             used += p.sum(1)
         if squares is not None:
             squares[block] = p.square().sum(2).T
-    return values, lse, codes, None if used is None else used / n, squares
+    return values, lse, codes, None if used is None else used / max(n, 1), squares
 
 
 def backward(
@@ -75,7 +75,7 @@ def backward(
             d_codebook.baddbmm_(chosen.transpose(1, 2), g_hard)
         if lse is None:
             continue
-        # not exp(score - lse): where scores are large, a rounded lse makes sums that are not 1, and b is not balanced
+        # not exp(score - lse): where scores are large, a rounded lse makes sums that are not 1, and b does not balance
         p = _scores(block, x, keys, bias, logits, codebook).softmax(2)
         if d_codebook is not None and g_soft is not None:
             d_codebook.baddbmm_(p.transpose(1, 2), g_soft)

@@ -114,7 +114,7 @@ def forward(
             problem.launch_for_rows(kernels.soft_assign_kernel, "assign", values, lse, codes, squares)
             if usage:
                 used, *_ = problem.word_sums((None,) * 4, lse, None, None, wanted=(True, False, False, False))
-        return values, lse, codes, None if used is None else used / n, squares
+        return values, lse, codes, None if used is None else used / max(n, 1), squares
 
 
 def backward(
