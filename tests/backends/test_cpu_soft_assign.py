@@ -2,7 +2,7 @@
 refuses to touch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,14 +70,22 @@ def upstream(n: int, books: int, words: int, width: int) -> list[Tensor]:
     return [torch.randn(s, dtype=F64) for s in shapes]
 
 
-def assert_right(arguments: dict[str, Any], dtype: torch.dtype, weights: list[Tensor]) -> None:
-    """In float64 as the definition; else no further from that than twice the definition computed in this type."""
-    given = cast(arguments, dtype)
+def assert_right(draw: Callable[[], dict[str, Any]], dtype: torch.dtype, weights: list[Tensor]) -> None:
+    """In float64 as the definition; else no further from that than twice the definition computed in this type, in the
+    mean over three draws: distances are products here and differences there, which lose digits of other rows."""
     if dtype == F64:
+        given = cast(draw(), dtype)
         result, gradients = everything(given, "cpu", weights)
         expected, exact = everything(given, "reference", weights)
         torch.testing.assert_close((*result, *gradients), (*expected, *exact), rtol=1e-10, atol=1e-10)
         return
+    found = torch.tensor([errors(cast(draw(), dtype), dtype, weights) for _ in range(3)])
+    for size, theirs, ours in found.mean(0).tolist():
+        assert ours <= 2 * theirs + 16 * torch.finfo(dtype).eps * size
+
+
+def errors(given: dict[str, Any], dtype: torch.dtype, weights: list[Tensor]) -> list[tuple[float, float, float]]:
+    """Of each result and gradient the largest element, and the largest errors of the definition and of C++."""
     smooth = {"usage": True, "purity": True}  # of two words that are as good, hard may be either
     exact, naive, mine = (
         everything(cast(given, d), impl, weights, smooth)
@@ -85,11 +93,10 @@ def assert_right(arguments: dict[str, Any], dtype: torch.dtype, weights: list[Te
     )
     right, theirs_right = ((r.codes == exact[0].codes).double().mean() for r, _ in (mine, naive))
     assert right >= theirs_right - 0.02
-    for truth, other, own in zip(*((r[1], *r[3:], *g) for r, g in (exact, naive, mine)), strict=True):
-        theirs, ours = ((t.double() - truth).norm() for t in (other, own))
-        # distances are products here, differences there: ops/soft_assign.py says what was measured
-        factor, ulps = (3, 8) if "tau" in arguments else (2, 4)
-        assert ours <= factor * theirs + ulps * torch.finfo(dtype).eps * truth.norm()
+    return [
+        tuple(float(t.detach().abs().max()) for t in (truth, other.double() - truth, own.double() - truth))
+        for truth, other, own in zip(*((r[1], *r[3:], *g) for r, g in (exact, naive, mine)), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("isa", _C.supported_isas())
@@ -98,7 +105,7 @@ def assert_right(arguments: dict[str, Any], dtype: torch.dtype, weights: list[Te
 def test_every_instruction_set_and_type(isa: str, dtype: torch.dtype, source: str) -> None:
     _C.set_isa(isa)
     torch.set_num_threads(2)
-    assert_right(case(source, 150, 3, 37, 11, 18, F64), dtype, upstream(150, 3, 37, 18))
+    assert_right(lambda: case(source, 150, 3, 37, 11, 18, F64), dtype, upstream(150, 3, 37, 18))
 
 
 # tiles of all words end at 1,024 (float32) and 512 (float64); blocks of rows at 64
@@ -124,8 +131,7 @@ def test_edges_of_tiles(
     n: int, books: int, words: int, features: int, width: int, dtype: torch.dtype, source: str
 ) -> None:
     torch.set_num_threads(2)
-    arguments = case(source, n, books, words, features, width, dtype)
-    assert_right(arguments, dtype, upstream(n, books, words, width))
+    assert_right(lambda: case(source, n, books, words, features, width, dtype), dtype, upstream(n, books, words, width))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

@@ -1,7 +1,6 @@
 """soft_assign by Triton against its definition in float64: compiled where there is a GPU, else interpreted in tiles of
 16 rows and 16 words, of which the shapes below have several and a rest."""
 
-import itertools
 import math
 from typing import Any
 
@@ -72,17 +71,11 @@ def test_equals_reference(source: str, width: int, words: int) -> None:
     torch.testing.assert_close(gradients(arguments, mine), gradients(arguments, expected), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tau", "shift"),
-    [
-        *itertools.product([torch.float32, torch.bfloat16, torch.float16], [0.7, 5.0], [0.0]),
-        *itertools.product([torch.bfloat16, torch.float16], [0.7, 5.0], [20.0]),
-        (torch.float32, 0.7, 20.0),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tau", [0.7, 5.0])
+@pytest.mark.parametrize("shift", [0.0, 4.0, 20.0])
 def test_distances_are_as_good_as_the_naive_path(dtype: torch.dtype, tau: float, shift: float) -> None:
-    """At a large tau, and where words lie closer to each other than to the origin. Not at both in float32: scores are
-    products there, of rows that are not small, where the naive path has differences."""
+    """At a large tau, and where words lie closer to each other than to the origin."""
     given = {k: (t.detach() + shift).to(dtype) for k, t in case("distances", 8, F64).items() if isinstance(t, Tensor)}
     truth, naive, mine = ({k: t.to(d).requires_grad_() for k, t in given.items()} for d in (F64, dtype, dtype))
     parts, codebook = naive["x"].unflatten(1, (BOOKS, -1)), naive["codebook"]
