@@ -149,7 +149,8 @@ def test_order_of_rows_words_and_classes(impl: str) -> None:
     assert M / K <= found.diversity <= found.sharpness <= M
 
 
-@pytest.mark.parametrize("impl", FUSED)
+# Triton's interpreter takes minutes at this size; tests/backends looks at what its kernels keep
+@pytest.mark.parametrize("impl", [impl for impl in FUSED if impl != "triton"])
 def test_nothing_of_size_rows_times_words_or_classes_is_kept(impl: str) -> None:
     n, books, words, width, classes = 512, 4, 256, 4, 600
     head = fastret.DPQ(books * width, books, words, impl=impl)
