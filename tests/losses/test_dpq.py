@@ -149,10 +149,9 @@ def test_order_of_rows_words_and_classes(impl: str) -> None:
     assert M / K <= found.diversity <= found.sharpness <= M
 
 
-# Triton's interpreter takes minutes at this size; tests/backends looks at what its kernels keep
-@pytest.mark.parametrize("impl", [impl for impl in FUSED if impl != "triton"])
+@pytest.mark.parametrize("impl", FUSED)
 def test_nothing_of_size_rows_times_words_or_classes_is_kept(impl: str) -> None:
-    n, books, words, width, classes = 512, 4, 256, 4, 600
+    n, books, words, width, classes = 128 if impl == "triton" else 512, 4, 256, 4, 600  # interpreted kernels are slow
     head = fastret.DPQ(books * width, books, words, impl=impl)
     criterion = fastret.DPQLoss(classes, books * width, impl=impl)
     x = torch.randn(n, books * width, requires_grad=True)

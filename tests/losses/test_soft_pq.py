@@ -105,10 +105,9 @@ def test_order_of_books_words_and_rows(impl: str, n: int, books: int, words: int
     assert ((z >= low - 1e-9) & (z <= high + 1e-9)).all()
 
 
-# Triton's interpreter takes minutes at this size; tests/backends looks at what its kernels keep
-@pytest.mark.parametrize("impl", [impl for impl in FUSED if impl != "triton"])
+@pytest.mark.parametrize("impl", FUSED)
 def test_nothing_of_size_rows_times_words_is_kept(impl: str) -> None:
-    n, books, words, width = 512, 4, 256, 4
+    n, books, words, width = 128 if impl == "triton" else 512, 4, 256, 4  # interpreted kernels are slow
     x, codebook = leaf(n, books * width, dtype=torch.float32), leaf(books, words, width, dtype=torch.float32)
     kept: dict[int, int] = {}
 
