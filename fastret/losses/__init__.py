@@ -13,6 +13,7 @@ from fastret.losses.multi_similarity import MultiSimilarity
 from fastret.losses.nce import NCELoss
 from fastret.losses.npid import NPID
 from fastret.losses.nt_xent import NTXent
+from fastret.losses.patch_mixer import PatchMixer
 from fastret.losses.patchmix import PatchMixLoss
 from fastret.losses.proxy_anchor import ProxyAnchor
 from fastret.losses.proxy_nca import ProxyNCA
@@ -45,6 +46,7 @@ __all__ = [
     "NormalizedSoftmax",
     "PatchMixLoss",
     "PatchMixTargets",
+    "PatchMixer",
     "ProxyAnchor",
     "ProxyNCA",
     "ProxyNCAPlusPlus",
