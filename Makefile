@@ -1,6 +1,8 @@
 # demo, example and test need only Python 3.10+ and a C++ compiler: they create .venv, install fastret into it and run.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests, a file each: most of them are Python, which fills one core.
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -18,7 +20,7 @@ example: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
