@@ -17,6 +17,7 @@ OPS = (
     "soft_assign",
     "sampled_dot",
     "topk",
+    "knn_vote",
     "pq_topk",
     "segment_mean",
     "patchmix",

@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
+#include "../common/philox.h"
 #include "pack.h"
-#include "philox.h"
 #include "tiles.h"
 
 FASTRET_ISA_BEGIN

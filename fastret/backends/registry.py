@@ -95,6 +95,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for impl in (
         Implementation("triton", "Triton kernels", ("cuda", "cpu"), _FLOATS, ("cuda",)),
         Implementation("cpu", "C++ kernels", ("cpu",), _FLOATS, ("cpu",)),
+        # Explicit only: none of its kernels has been measured on a GPU beside the others.
+        Implementation("cuda", "CUDA C++ kernels", ("cuda", "cpu"), _FLOATS, None),
         Implementation("tiled", "PyTorch in tiles, recomputed in backward", (), _FLOATS, ()),
         Implementation("reference", "dense PyTorch, the definition", (), _FLOATS, None),
     )
@@ -115,7 +117,7 @@ def backend(name: str) -> Iterator[None]:
     """Within the block (and thread), calls without ``impl=`` use this implementation.
 
     Args:
-        name: "auto", "reference", "tiled", "cpu" or "triton".
+        name: "auto", "reference", "tiled", "cpu", "triton" or "cuda".
 
     Raises:
         ValueError: for another name.

@@ -1,6 +1,7 @@
 """Floor 3: differentiable reductions over a pair matrix that is never stored. One file per reduction."""
 
 from fastret.backends.pairs import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted
+from fastret.ops.knn_vote import knn_vote
 from fastret.ops.masked_lse import masked_lse
 from fastret.ops.masked_lse_sum import masked_lse_sum
 from fastret.ops.pair_dot import pair_dot, positive_pairs
@@ -26,6 +27,7 @@ __all__ = [
     "RankSums",
     "Shifted",
     "SoftAssign",
+    "knn_vote",
     "masked_lse",
     "masked_lse_sum",
     "pair_dot",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastret import ops
+from fastret.backends import registry
 from fastret.backends.pairs import PairMask
-from fastret.backends.selection import best
 from fastret.ops import checks
 from fastret.retrieval.search import BUDGET, blocks, rows_at_once
 
@@ -63,25 +63,16 @@ def knn_classify(
     checks.check_count(top, "top")
     values, place = labels.long().unique(return_inverse=True)
     sign = -1 if metric == "l2" else 1
+    # with any other search the vote is PyTorch's: it is cheap beside it
+    vote = "cuda" if registry.chosen(impl) == "cuda" else "tiled"
     found = []
     at_once = min(max(1, BUDGET // max(k, len(values), top)), rows_at_once(rows))
     for block in blocks(len(query), at_once, progress):
         mask = PairMask(offset=block.start) if gallery is None else None
         scores, indices = ops.topk(query[block], rows, k=k, metric=metric, mask=mask, impl=impl)
-        weight = ((scores - scores[:, :1]) * (sign / temperature)).exp()
-        weight = torch.where(indices >= 0, weight, 0)  # nobody there
-        voters = place[indices.clamp_min(0)] if len(place) else indices + 1
-        votes = _sums(weight, voters, max(top, len(values)))
-        shares = votes / votes.sum(1, keepdim=True).clamp_min(torch.finfo(votes.dtype).tiny)
-        first = best(shares, top)
-        shares = shares.gather(1, first)
-        named = values[first.clamp_max(len(values) - 1)] if len(values) else first
-        found.append((torch.where(shares > 0, named, -1), shares))
+        winners, shares = ops.knn_vote(
+            scores, indices, place, len(values), scale=sign / temperature, top=top, impl=vote
+        )
+        named = values[winners.clamp_min(0)] if len(values) else winners
+        found.append((torch.where(winners >= 0, named, -1), shares))
     return torch.cat([c for c, _ in found]), torch.cat([s for _, s in found])
-
-
-def _sums(weight: Tensor, column: Tensor, columns: int) -> Tensor:
-    """(rows, columns) sums of each row's weights by their column."""
-    flat = column + columns * torch.arange(len(column), device=column.device)[:, None]
-    sums = weight.new_zeros(len(column) * columns)
-    return sums.scatter_add_(0, flat.flatten(), weight.flatten()).view(len(column), columns)

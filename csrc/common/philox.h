@@ -1,16 +1,18 @@
-// Philox4x32-10: four words of 32 bits from a counter and a key, the same as in fastret/backends/sampling.py.
+// Philox4x32-10: four words of 32 bits from a counter and a key, the same as in fastret/backends/sampling.py. One text
+// for the CPU and for CUDA; in an anonymous namespace, so that no two instruction sets share a symbol.
 #pragma once
 #include <cstdint>
 
-#include "isa.h"
+#include "host_device.h"
 
-FASTRET_ISA_BEGIN
+namespace fastret {
+namespace {
 
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint64_t key) {
+FASTRET_HOST_DEVICE inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint64_t key) {
   uint32_t c2 = 0, c3 = 0, k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
@@ -25,4 +27,5 @@ inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint64_t key) {
   return {{c0, c1, c2, c3}};
 }
 
-FASTRET_ISA_END
+}  // namespace
+}  // namespace fastret

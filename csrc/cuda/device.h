@@ -1,0 +1,18 @@
+// What the extension can say of the machine it runs on.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace fastret {
+namespace cuda {
+
+// Why no kernel can run, in the words of CUDA's runtime; empty: a device answers.
+std::string device_error();
+
+#ifdef FASTRET_EMULATION
+// The order in which threads and blocks run from now on: 0 ascending, 1 descending, else a seed to shuffle by.
+void set_order(uint64_t order);
+#endif
+
+}  // namespace cuda
+}  // namespace fastret

@@ -1,0 +1,62 @@
+// fastret._cuda: the only pybind11 file of the CUDA kernels. Arrays come as tuples of integers, as in
+// csrc/cpu/module.cpp, and a stream as an integer. The emulation is this file too, with FASTRET_EMULATION.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+
+#include "device.h"
+#include "knn_vote.h"
+#include "sampled_dot.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace fastret;
+
+// (address, rows, cols, row stride, dtype code, bytes that may be touched); see fastret/backends/cpu/array.py
+using ArrayTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, int64_t>;
+using MaybeArray = std::optional<ArrayTuple>;
+
+Array array(const MaybeArray& t) {
+  if (!t) return {};
+  const auto& [address, rows, cols, stride, dtype, bytes] = *t;
+  require(dtype >= 0 && dtype <= static_cast<int>(DType::u16), "dtype", "unknown code " + std::to_string(dtype));
+  return {reinterpret_cast<void*>(address), rows, cols, stride, static_cast<DType>(dtype), bytes};
+}
+
+// x, bank, first, index, seed, count
+using SampledTuple = std::tuple<ArrayTuple, ArrayTuple, MaybeArray, MaybeArray, MaybeArray, int64_t>;
+
+cuda::SampledDotProblem sampled_problem(const SampledTuple& t) {
+  const auto& [x, bank, first, index, seed, count] = t;
+  return {array(x), array(bank), array(first), array(index), array(seed), count};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of fastret";
+
+#ifdef FASTRET_EMULATION
+  m.attr("device_type") = "cpu";
+  m.def("set_order", &cuda::set_order);
+#else
+  m.attr("device_type") = "cuda";
+#endif
+  m.def("device_error", &cuda::device_error);
+  m.def("sampled_dot_forward", [](const SampledTuple& problem, const ArrayTuple& scores, uintptr_t stream) {
+    cuda::sampled_dot_forward(sampled_problem(problem), array(scores), stream);
+  });
+  m.def("sampled_dot_backward",
+        [](const SampledTuple& problem, const ArrayTuple& grad, const ArrayTuple& dx, uintptr_t stream) {
+          cuda::sampled_dot_backward(sampled_problem(problem), array(grad), array(dx), stream);
+        });
+  m.def("knn_vote", [](const ArrayTuple& scores, const ArrayTuple& indices, const ArrayTuple& place, int64_t classes,
+                       double scale, const ArrayTuple& winners, const ArrayTuple& shares, uintptr_t stream) {
+    cuda::knn_vote({array(scores), array(indices), array(place), classes, scale}, array(winners), array(shares),
+                   stream);
+  });
+}
