@@ -357,7 +357,7 @@ def test_gradients_one_by_one(gallery: bool) -> None:
 @triton.jit
 def own_tile_kernel(u, v, s, n, m, width, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
     own = tl.arange(0, BLOCK)
-    tile = kernels.own_tile(u, v, own % n, own % m, width, s.dtype.element_ty, TRANSPOSED, 16)
+    tile = kernels.own_tile(u, v, own % n, own % m, width, s.dtype.element_ty, TRANSPOSED, "ieee", 16)
     tl.store(s + own[:, None] * BLOCK + own[None, :], tile)
 
 
