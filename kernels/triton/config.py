@@ -43,6 +43,7 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
 # strip: stored tiles of S, for all ops; nothing is multiplied.
 # lse, lse gradient: as sums and gradient, for masked_lse. lse heavy: both, for many conditions or for thresholds, which
 # need the same square tiles everywhere.
+# Kinds that end in tf32 take the place of the others where float32 products are taken in TF32.
 # CUDA architectures ascend; one that is not listed takes the nearest older one.
 _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("scores", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
@@ -112,6 +113,12 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_100": (_tile(64, 16, 16, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 4, 2, SLICE=128),),
     },
+    ("lse gradient tf32", 4): {
+        "sm_80": (_tile(64, 32, 32, 8, 2, SLICE=128),),
+        "sm_90": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+        "sm_100": (_tile(64, 16, 16, 8, 2, SLICE=128),),
+        "gfx942": (_tile(64, 16, 32, 4, 2, SLICE=128),),
+    },
     ("lse gradient", 8): {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
         "gfx942": (_tile(32, 32, 16, 8, 2, SLICE=32),),
@@ -155,6 +162,11 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
     },
+    ("gradient tf32", 4): {
+        "sm_80": (_tile(64, 32, 32, 8, 2, SLICE=128),),
+        "sm_90": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+        "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+    },
     ("gradient", 8): {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
         "gfx942": (_tile(32, 32, 16, 8, 2, SLICE=32),),
@@ -191,11 +203,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def choices(kind: str, architecture: str, itemsize: int) -> tuple[Options, ...]:
-    """All that ``lookup`` may choose from for an architecture."""
+def choices(kind: str, architecture: str, itemsize: int, tf32: bool = False) -> tuple[Options, ...]:
+    """All that ``lookup`` may choose from for an architecture; tf32: for products in TF32."""
     if architecture == "interpreter":
         return (_INTERPRETED[kind],)
     entry = _TABLE[kind, itemsize]
+    if tf32:
+        entry = _TABLE.get((f"{kind} tf32", itemsize), entry)
     if architecture.startswith("gfx"):
         return entry["gfx942"]
     older = [name for name in entry if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
@@ -204,7 +218,7 @@ def choices(kind: str, architecture: str, itemsize: int) -> tuple[Options, ...]:
 
 def lookup(kind: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Options:
     """Options of a kernel over rows of this dtype: with the smallest SLICE that holds the width, else the largest."""
-    found = choices(kind, architecture(device), dtype.itemsize)
+    found = choices(kind, architecture(device), dtype.itemsize, precision(dtype) == "tf32")
     return next((options for options in found if options.get("SLICE", width) >= width), found[-1])
 
 

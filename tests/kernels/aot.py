@@ -73,7 +73,8 @@ def variants(architecture: str, dtype: str, thorough: bool) -> list[Variant]:
     )
     found = [variant for of_op in of_ops for variant in of_op(choices, dtype)]
     if dtype == "fp32":
-        found += [in_tf32(variant) for variant in found if multiplies(variant)]
+        choices = functools.partial(choices, tf32=True)
+        found += [in_tf32(v) for of_op in of_ops for v in of_op(choices, dtype) if multiplies(v)]
     return [variant for variant in found if thorough or not variant.rare]
 
 

@@ -89,10 +89,10 @@ def grid(n: int, m: int, pairs: int, step: int, *, whole_rows: bool = False) -> 
     def rounded(fit: int, size: int) -> int:
         return min(size, max(step, fit // step * step))
 
-    rows = rounded(pairs // max(m, 1), n)
-    if whole_rows or rows >= min(n, ENOUGH):
-        return rows, m
-    rows = rounded(ENOUGH, n)
+    fit = pairs // max(m, 1)
+    if whole_rows or fit >= min(n, ENOUGH):
+        return rounded(fit, n), m
+    rows = rounded(min(ENOUGH, pairs // step), n)
     return rows, rounded(pairs // rows, m)
 
 
