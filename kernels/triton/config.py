@@ -2,7 +2,8 @@
 
 A table, not @triton.autotune: the same call does the same work in every process, and nothing is timed in a training
 step. The entries for half precision and float32 compile without register spills (tests/kernels/aot.py); none is timed
-yet. float32 and float64 products are IEEE and run on the ordinary arithmetic units, hence their narrower tiles.
+yet. float32 products are IEEE unless PyTorch is told otherwise, and run on the ordinary arithmetic units, as float64's,
+hence their narrower tiles.
 """
 
 import functools
@@ -26,6 +27,10 @@ def _assign(m: int, n: int, warps: int, width: int) -> Options:
     return _options(warps, 1, BLOCK_M=m, BLOCK_N=n, SLICE=width)
 
 
+def _strip(m: int, n: int, warps: int) -> Options:
+    return _options(warps, 1, BLOCK_M=m, BLOCK_N=n)
+
+
 def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
     return {"sm_80": options, "gfx942": options}
 
@@ -35,8 +40,10 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
 # pair scores, pair gradient: BLOCK_P pairs at a time.
 # assign, assign rows, assign words: soft_assign and its gradients, of books whose widths a SLICE holds;
 # float16 rows, the products of which take TF32, as float32.
+# strip: stored tiles of S, for all ops; nothing is multiplied.
 # lse, lse gradient: as sums and gradient, for masked_lse. lse heavy: both, for many conditions or for thresholds, which
 # need the same square tiles everywhere.
+# Kinds that end in tf32 take the place of the others where float32 products are taken in TF32.
 # CUDA architectures ascend; one that is not listed takes the nearest older one.
 _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("scores", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
@@ -67,6 +74,9 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
             _tile(64, 32, 64, 4, 2, SLICE=512),
         ),
     },
+    ("strip", 2): _everywhere(_strip(16, 64, 8)),
+    ("strip", 4): _everywhere(_strip(16, 64, 8)),
+    ("strip", 8): _everywhere(_strip(16, 32, 8)),
     ("pair scores", 2): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=128)),
     ("pair scores", 4): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=64)),
     ("pair scores", 8): _everywhere(_options(4, 2, BLOCK_P=16, BLOCK_K=32)),
@@ -100,6 +110,12 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("lse gradient", 4): {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+        "sm_100": (_tile(64, 16, 16, 8, 2, SLICE=128),),
+        "gfx942": (_tile(64, 16, 32, 4, 2, SLICE=128),),
+    },
+    ("lse gradient tf32", 4): {
+        "sm_80": (_tile(64, 32, 32, 8, 2, SLICE=128),),
+        "sm_90": (_tile(64, 16, 32, 8, 2, SLICE=128),),
         "sm_100": (_tile(64, 16, 16, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 4, 2, SLICE=128),),
     },
@@ -146,6 +162,11 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
     },
+    ("gradient tf32", 4): {
+        "sm_80": (_tile(64, 32, 32, 8, 2, SLICE=128),),
+        "sm_90": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+        "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+    },
     ("gradient", 8): {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
         "gfx942": (_tile(32, 32, 16, 8, 2, SLICE=32),),
@@ -156,6 +177,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
 _INTERPRETED: dict[str, Options] = {
     "pair scores": _options(1, 1, BLOCK_P=8, BLOCK_K=32),
     "pair gradient": _options(1, 1, BLOCK_P=4, SLICE=32),
+    "strip": _strip(16, 16, 1),
     "lse": _tile(16, 16, 32, 1, 1),
     "lse gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
     "lse heavy": _tile(16, 16, 32, 1, 1, SLICE=32),
@@ -181,11 +203,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def choices(kind: str, architecture: str, itemsize: int) -> tuple[Options, ...]:
-    """All that ``lookup`` may choose from for an architecture."""
+def choices(kind: str, architecture: str, itemsize: int, tf32: bool = False) -> tuple[Options, ...]:
+    """All that ``lookup`` may choose from for an architecture; tf32: for products in TF32."""
     if architecture == "interpreter":
         return (_INTERPRETED[kind],)
     entry = _TABLE[kind, itemsize]
+    if tf32:
+        entry = _TABLE.get((f"{kind} tf32", itemsize), entry)
     if architecture.startswith("gfx"):
         return entry["gfx942"]
     older = [name for name in entry if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
@@ -194,8 +218,27 @@ def choices(kind: str, architecture: str, itemsize: int) -> tuple[Options, ...]:
 
 def lookup(kind: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Options:
     """Options of a kernel over rows of this dtype: with the smallest SLICE that holds the width, else the largest."""
-    found = choices(kind, architecture(device), dtype.itemsize)
+    found = choices(kind, architecture(device), dtype.itemsize, precision(dtype) == "tf32")
     return next((options for options in found if options.get("SLICE", width) >= width), found[-1])
+
+
+def held(kind: str, device: torch.device, dtype: torch.dtype) -> int:
+    """How many features of a gradient one program of this kind holds; the interpreter stands for sm_80."""
+    name = architecture(device)
+    return choices(kind, "sm_80" if name == "interpreter" else name, dtype.itemsize)[-1]["SLICE"]
+
+
+def granularity(device: torch.device) -> int:
+    """What the sides of a strip are a multiple of: its tiles, and on GPUs those of the library that multiplies."""
+    return 16 if architecture(device) == "interpreter" else 128
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of these rows are taken, as PyTorch takes its own: "tf32" for float32 where
+    ``torch.set_float32_matmul_precision`` says "high" or "medium", or torch.backends.cuda.matmul.fp32_precision
+    "tf32"; else "ieee". The only place that asks."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def parts(device: torch.device, programs: int, tiles: int, resident: int = 1) -> int:

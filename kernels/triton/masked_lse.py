@@ -17,13 +17,24 @@ sums, which the caller adds. No atomics.
 TRANSPOSED gives programs that own columns the tile (rows, columns) that those owning rows have, turned round: lse and
 P then see the same rounding of a score, which would else not cancel in l - lse. Masks by threshold need the same bits
 in every launch, and so tiles that are as high as wide, everywhere the same.
+
+The strip plan stores the scores of a block of rows and columns: ``masked_lse_kernel`` reads them where v is None, and
+``masked_lse_weights_kernel`` turns them into T, which the caller multiplies.
 """
 
 import triton
 import triton.language as tl
 
 from fastret.kernels.triton.pairs import allowed, logits, pair_weights, target_weights
-from fastret.kernels.triton.pairwise import LN2, add_weighted_rows, dot_tile, exponential, owned_columns, owned_rows
+from fastret.kernels.triton.pairwise import (
+    LN2,
+    add_weighted_rows,
+    dot_tile,
+    exponential,
+    owned_columns,
+    owned_rows,
+    stored_tile,
+)
 from fastret.kernels.triton.phi import phi_value
 
 INF = tl.constexpr(float("inf"))
@@ -33,12 +44,17 @@ VARYING = ("n", "m", "first_column")
 
 
 @triton.jit
-def own_tile(u, v, own, other, width, dtype: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(M, N) dot products <u_own, v_other>."""
-    if TRANSPOSED:
-        return tl.trans(dot_tile(v, u, other, own, width, dtype, BLOCK_K))
+def own_tile(
+    u, v, own, other, width, dtype: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(M, N) dot products <u_own, v_other>, or of stored scores u, where v is None, those of the program's own."""
+    if TRANSPOSED and v is None:
+        return stored_tile(u, other[None, :], own[:, None], width)
+    elif TRANSPOSED:
+        return tl.trans(dot_tile(v, u, other, own, width, dtype, PRECISION, BLOCK_K))
     else:
-        return dot_tile(u, v, own, other, width, dtype, BLOCK_K)
+        return dot_tile(u, v, own, other, width, dtype, PRECISION, BLOCK_K)
 
 
 @triton.jit
@@ -52,7 +68,8 @@ def add_exponentials(high, total, z):
 @triton.jit(do_not_specialize=("head", *VARYING))
 def masked_lse_kernel(
     u, v, head, lse, t, n, m, width, first_column,
-    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """lse, or the sum of a phi, and t (parts, n) of one head: grid axis 1 divides the other side."""
     own, exists = owned_rows(n, BLOCK_M)
@@ -65,7 +82,7 @@ def masked_lse_kernel(
         other = low + tl.arange(0, BLOCK_N)
         valid = (other < m)[None, :]
         other = tl.minimum(other, m - 1)
-        s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, BLOCK_K)
+        s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, PRECISION, BLOCK_K)
         i = own[:, None] if head.axis == "row" else other[None, :]
         j = other[None, :] if head.axis == "row" else own[:, None]
         z = logits(head, s, i, j)
@@ -102,7 +119,8 @@ def store_sums(target, total, own, exists, n, HEADS: tl.constexpr):
 def masked_lse_gradient_kernel(
     u, v, heads, du, row_sums, column_sums, score_sums, n, m, width, first_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
-    SLICE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """du (parts, n, width) and sums (parts, HEADS, n), each where it is wanted, to be summed over the parts.
 
@@ -122,7 +140,7 @@ def masked_lse_gradient_kernel(
         other = low + tl.arange(0, BLOCK_N)
         valid = (other < m)[None, :]
         other = tl.minimum(other, m - 1)
-        s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, BLOCK_K)
+        s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, PRECISION, BLOCK_K)
         t = tl.zeros_like(s)
         for k in tl.static_range(HEADS):
             if ROWS:
@@ -140,7 +158,7 @@ def masked_lse_gradient_kernel(
                 if not ROWS and score_sums is not None:
                     of_scores = add_to_slot(of_scores, tl.sum(w * s, 1), k)
         if du is not None:
-            total = add_weighted_rows(total, t, v, other, feature, width)
+            total = add_weighted_rows(total, t, v, other, feature, width, PRECISION)
     if du is not None:
         target = du + (tl.program_id(2).to(tl.int64) * n + own)[:, None] * width + feature[None, :]
         tl.store(target, total, mask=exists[:, None] & (feature < width)[None, :])
@@ -148,5 +166,43 @@ def masked_lse_gradient_kernel(
         store_sums(row_sums, of_rows, own, exists, n, HEADS)
     if column_sums is not None:
         store_sums(column_sums, of_columns, own, exists, n, HEADS)
+    if score_sums is not None:
+        store_sums(score_sums, of_scores, own, exists, n, HEADS)
+
+
+@triton.jit(do_not_specialize=("heads", *VARYING))
+def masked_lse_weights_kernel(
+    scores, weights, heads, row_sums, column_sums, score_sums, n, m, width, first_column,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """weights = T of stored scores (n, m), both ``width`` apart, and in place where they are the same; with the sums
+    that are wanted: of W and W s along rows (parts, HEADS, n), to be summed over the parts, grid axis 2; of W along
+    columns (blocks, HEADS, m), to be summed over the blocks of rows, grid axis 0. Grid axis 1 is 1.
+    """
+    own, exists = owned_rows(n, BLOCK_M)
+    dtype: tl.constexpr = heads[0].scale.dtype.element_ty
+    of_rows = tl.zeros((BLOCK_M, SLOTS), dtype)
+    of_scores = tl.zeros((BLOCK_M, SLOTS), dtype)
+    begin, end = owned_columns(m, 2, BLOCK_N)
+    for low in range(begin, end, BLOCK_N):
+        other = low + tl.arange(0, BLOCK_N)
+        there = (other < m)[None, :] & exists[:, None]
+        place = own.to(tl.int64)[:, None] * width + other[None, :]
+        s = tl.load(scores + place, mask=there, other=0.0)
+        column = tl.minimum(other, m - 1)
+        t = tl.zeros_like(s)
+        for k in tl.static_range(HEADS):
+            w = pair_weights(heads[k], s, own[:, None], column[None, :], first_column, there)
+            t += w * tl.load(heads[k].scale)
+            if row_sums is not None:
+                of_rows = add_to_slot(of_rows, tl.sum(w, 1), k)
+            if score_sums is not None:
+                of_scores = add_to_slot(of_scores, tl.sum(w * s, 1), k)
+            if column_sums is not None:
+                target = column_sums + (tl.program_id(0) * HEADS + k).to(tl.int64) * m + other
+                tl.store(target, tl.sum(w, 0), mask=other < m)
+        tl.store(weights + place, t.to(weights.dtype.element_ty), mask=there)
+    if row_sums is not None:
+        store_sums(row_sums, of_rows, own, exists, n, HEADS)
     if score_sums is not None:
         store_sums(score_sums, of_scores, own, exists, n, HEADS)

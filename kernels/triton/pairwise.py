@@ -3,6 +3,9 @@
 Rows are stored one after the other, (rows, width), the width padded with zeros to a multiple of 16 so that loads are
 vectors. Row numbers are int32, addresses int64. Accumulation is in float32, float64 for float64 rows. bfloat16 is
 widened right after a load, except for operands of tl.dot.
+
+The strip plan has the scores of some rows multiplied elsewhere: where a function takes x and y and y is None, x holds
+the scores themselves, ``width`` apart.
 """
 
 import triton
@@ -28,30 +31,40 @@ def owned_columns(m, AXIS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def dot_tile(x, y, row, column, width, dtype: tl.constexpr, BLOCK_K: tl.constexpr):
+def stored_tile(scores, row, column, width):
+    """Elements (row, column), which broadcast, of a matrix whose rows are ``width`` apart."""
+    return tl.load(scores + row.to(tl.int64) * width + column)
+
+
+@triton.jit
+def dot_tile(x, y, row, column, width, dtype: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
     """(M, N) dot products <x_row, y_column> of existing rows ``row`` (M,) and ``column`` (N,).
 
-    float32 products are IEEE: small temperatures multiply what TF32 would lose.
+    PRECISION is that of float32 products: IEEE unless the user said otherwise, as small temperatures multiply what TF32
+    loses.
     """
-    x_row = x + row.to(tl.int64)[:, None] * width
-    y_row = y + column.to(tl.int64)[None, :] * width
-    total = tl.zeros((row.shape[0], column.shape[0]), dtype=dtype)
-    for begin in range(0, width, BLOCK_K):
-        k = begin + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(x_row + k[None, :], mask=k[None, :] < width, other=0.0)
-        y_tile = tl.load(y_row + k[:, None], mask=k[:, None] < width, other=0.0)
-        total = tl.dot(x_tile, y_tile, total, input_precision="ieee", out_dtype=total.dtype)
-    return total
+    if y is None:
+        return stored_tile(x, row[:, None], column[None, :], width)
+    else:
+        x_row = x + row.to(tl.int64)[:, None] * width
+        y_row = y + column.to(tl.int64)[None, :] * width
+        total = tl.zeros((row.shape[0], column.shape[0]), dtype=dtype)
+        for begin in range(0, width, BLOCK_K):
+            k = begin + tl.arange(0, BLOCK_K)
+            x_tile = tl.load(x_row + k[None, :], mask=k[None, :] < width, other=0.0)
+            y_tile = tl.load(y_row + k[:, None], mask=k[:, None] < width, other=0.0)
+            total = tl.dot(x_tile, y_tile, total, input_precision=PRECISION, out_dtype=total.dtype)
+        return total
 
 
 @triton.jit
-def score_tile(x, y, row, column, width, scale, BLOCK_K: tl.constexpr):
+def score_tile(x, y, row, column, width, scale, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
     """``dot_tile`` times ``scale``, in its dtype."""
-    return dot_tile(x, y, row, column, width, scale.dtype, BLOCK_K) * scale
+    return dot_tile(x, y, row, column, width, scale.dtype, PRECISION, BLOCK_K) * scale
 
 
 @triton.jit
-def add_weighted(total, weights, rows, dtype: tl.constexpr):
+def add_weighted(total, weights, rows, dtype: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
     """total (M, F) + weights (M, N) @ rows (N, F), the weights and rows taken in the dtype that rows are stored in.
 
     float16 has too little range for gradients: it goes through TF32, which holds float16 rows exactly and gives the
@@ -60,15 +73,15 @@ def add_weighted(total, weights, rows, dtype: tl.constexpr):
     if dtype == tl.float16:
         return tl.dot(weights, rows.to(tl.float32), total, input_precision="tf32")
     else:
-        return tl.dot(weights.to(dtype), rows.to(dtype), total, input_precision="ieee", out_dtype=total.dtype)
+        return tl.dot(weights.to(dtype), rows.to(dtype), total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit
-def add_weighted_rows(total, weights, y, column, feature, width):
+def add_weighted_rows(total, weights, y, column, feature, width, PRECISION: tl.constexpr):
     """total (M, F) + weights (M, N) @ y[column, feature], features beyond the width as 0."""
     address = y + column.to(tl.int64)[:, None] * width + feature[None, :]
     rows = tl.load(address, mask=feature[None, :] < width, other=0.0)
-    return add_weighted(total, weights, rows, rows.dtype)
+    return add_weighted(total, weights, rows, rows.dtype, PRECISION)
 
 
 @triton.jit

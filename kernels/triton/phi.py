@@ -1,14 +1,14 @@
 """Functions phi(z) of a logit that a head sums over its pairs, and their slopes; what they are where rounding carries
 an argument past its end is defined in fastret/backends/phi.py.
 
-Made of exp2, log, sqrt and arithmetic: Triton has no log1p and no expm1 of its own, and its interpreter none of
+Made of exp2, log2, sqrt and arithmetic: Triton has no log1p and no expm1 of its own, and its interpreter none of
 libdevice. Series have the terms that the dtype needs.
 """
 
 import triton
 import triton.language as tl
 
-from fastret.kernels.triton.pairwise import exponential
+from fastret.kernels.triton.pairwise import LN2, exponential
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def log1m_exp(z):
     series = tl.full(z.shape, 1.0 / (2 * TERMS - 1), z.dtype)
     for k in tl.static_range(TERMS - 1):
         series = series * square + 1.0 / (2 * (TERMS - k) - 3)
-    return tl.where(gap < 0.7, tl.log(rest), -2.0 * s * series)
+    return tl.where(gap < 0.7, tl.log2(rest) * LN2, -2.0 * s * series)
 
 
 @triton.jit

@@ -16,7 +16,11 @@ The first line is again a table of P numbers. The second is recomputed tile by t
 dX = dS Y, dY = dS^T X; gallery = batch: dX = (dS + dS^T) X. A program writes rows that it alone owns; where too few
 would run, several share a block of rows and write parts of its sums, which the caller adds. No atomics.
 
-``own`` is the slot of the query itself where it is excluded (a constant pair, nobody's competitor), else -1.
+``own`` is the slot of the query itself where it is excluded (a constant pair, nobody's competitor), else -1; kernels
+take it as ``self_slot``, None where no query is excluded.
+
+The strip plan stores the scores of a strip of queries with the whole gallery. The kernels that sweep the gallery read
+them where y is None, and ``rank_weights_kernel`` turns them into dS, which the caller multiplies by the rows.
 """
 
 import triton
@@ -39,10 +43,12 @@ VARYING = ("n", "m", "pairs")
 
 
 @triton.jit
-def load_queries(row, start, size, first, EXCLUDE_SELF: tl.constexpr):
+def load_queries(row, start, size, first, self_slot):
     """start, size, first pair and own slot of queries ``row``."""
     begin = tl.load(start + row).to(tl.int32)
-    own = row - begin if EXCLUDE_SELF else tl.full(row.shape, -1, tl.int32)
+    own = tl.full(row.shape, -1, tl.int32)
+    if self_slot is not None:
+        own = tl.load(self_slot + row).to(tl.int32)
     return begin, tl.load(size + row).to(tl.int32), tl.load(first + row), own
 
 
@@ -54,16 +60,16 @@ def load_slot(table, pair, count, own, slot, other):
 
 @triton.jit(do_not_specialize=VARYING)
 def positive_scores_kernel(
-    x, y, start, size, first, scale, scores, n, m, width,
+    x, y, start, size, first, scale, scores, n, m, width, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """scores (P,): z of every positive pair, from the stretch of the gallery that the classes of a block span."""
     row, exists = owned_rows(n, BLOCK_M)
-    begin, count, pair, _ = load_queries(row, start, size, first, False)
+    begin, count, pair, _ = load_queries(row, start, size, first, None)
     scale = tl.load(scale)
     for low in range(tl.min(begin), tl.max(begin + count), BLOCK_N):
         column = low + tl.arange(0, BLOCK_N)
-        z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, BLOCK_K)
+        z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, PRECISION, BLOCK_K)
         slot = column[None, :] - begin[:, None]
         wanted = (slot >= 0) & (slot < count[:, None]) & exists[:, None]
         tl.store(scores + pair[:, None] + slot, z, mask=wanted)
@@ -83,14 +89,14 @@ def add_sums(total, z, scores, pair, count, own, chunk, largest, SLOPE: tl.const
 @triton.jit
 def sum_negatives(
     x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale,
-    SLOPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLOPE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(M, CHUNK) sums of u, or u', of z_qj - z_qi over the negatives j among this program's columns."""
     total = tl.zeros((row.shape[0], CHUNK), dtype=scale.dtype)
     low_column, high_column = owned_columns(m, 1, BLOCK_N)
     for low in range(low_column, high_column, BLOCK_N):
         column = low + tl.arange(0, BLOCK_N)
-        z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, BLOCK_K)
+        z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, PRECISION, BLOCK_K)
         slot = column[None, :] - begin[:, None]
         negative = ((slot < 0) | (slot >= count[:, None])) & (column < m)[None, :]
         total = add_sums(total, tl.where(negative, z, -INF), scores, pair, count, own, chunk, largest, SLOPE)
@@ -99,8 +105,8 @@ def sum_negatives(
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_sums_kernel(
-    x, y, start, size, first, scale, scores, rank_all, rank_pos, n, m, width, pairs,
-    EXCLUDE_SELF: tl.constexpr, CHUNK: tl.constexpr,
+    x, y, start, size, first, self_slot, scale, scores, rank_all, rank_pos, n, m, width, pairs,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """rank_all, rank_pos (parts, P), to be summed over the parts: grid axis 1 divides the competitors.
@@ -109,13 +115,14 @@ def rank_sums_kernel(
     """
     row, exists = owned_rows(n, BLOCK_M)
     part, parts = tl.program_id(1), tl.num_programs(1)
-    begin, count, pair, own = load_queries(row, start, size, first, EXCLUDE_SELF)
+    begin, count, pair, own = load_queries(row, start, size, first, self_slot)
     scale = tl.load(scale)
     largest = tl.max(count)
     for chunk in range(0, largest, CHUNK):
         negatives = sum_negatives(
-            x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale, False, CHUNK, BLOCK_N, BLOCK_K
-        )
+            x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale,
+            False, CHUNK, PRECISION, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         positives = tl.zeros((BLOCK_M, CHUNK), dtype=scale.dtype)
         for low in range(part * CHUNK, largest, parts * CHUNK):
             j = (low + tl.arange(0, CHUNK))[None, :]
@@ -134,20 +141,21 @@ def rank_sums_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def pair_gradient_kernel(
-    x, y, start, size, first, scale, scores, grad_all, grad_pos, grad_scores, n, m, width, pairs,
-    EXCLUDE_SELF: tl.constexpr, CHUNK: tl.constexpr,
+    x, y, start, size, first, self_slot, scale, scores, grad_all, grad_pos, grad_scores, n, m, width, pairs,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_scores (parts, P), to be summed over the parts: tau dS of every positive pair, 0 for the excluded one."""
     row, exists = owned_rows(n, BLOCK_M)
     part, parts = tl.program_id(1), tl.num_programs(1)
-    begin, count, pair, own = load_queries(row, start, size, first, EXCLUDE_SELF)
+    begin, count, pair, own = load_queries(row, start, size, first, self_slot)
     scale = tl.load(scale)
     largest = tl.max(count)
     for chunk in range(0, largest, CHUNK):
         negatives = sum_negatives(
-            x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale, True, CHUNK, BLOCK_N, BLOCK_K
-        )
+            x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale,
+            True, CHUNK, PRECISION, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         slots = (chunk + tl.arange(0, CHUNK))[None, :]
         positives = tl.zeros((BLOCK_M, CHUNK), dtype=scale.dtype)
         for low in range(part * CHUNK, largest, parts * CHUNK):
@@ -180,8 +188,8 @@ def add_gradient(t, z, competitor, valid, scores, grad_all, grad_scores, begin, 
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_gradient_kernel(
-    u, v, start, size, first, scale, scores, grad_all, grad_scores, du, n, m, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, SLICE: tl.constexpr,
+    u, v, start, size, first, self_slot, scale, scores, grad_all, grad_scores, du, n, m, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """du (parts, n, width), to be summed over the parts: T v for rows u (n, width) and columns v (m, width).
@@ -194,21 +202,42 @@ def rank_gradient_kernel(
     scale = tl.load(scale)
     total = tl.zeros((BLOCK_M, SLICE), dtype=scale.dtype)
     if ROWS:
-        begin, count, pair, own = load_queries(row, start, size, first, EXCLUDE_SELF)
+        begin, count, pair, own = load_queries(row, start, size, first, self_slot)
     low_column, high_column = owned_columns(m, 2, BLOCK_N)
     for low in range(low_column, high_column, BLOCK_N):
         column = low + tl.arange(0, BLOCK_N)
         valid = (column < m)[None, :]
         column = tl.minimum(column, m - 1)
-        z = score_tile(u, v, row, column, width, scale, BLOCK_K)
+        z = score_tile(u, v, row, column, width, scale, PRECISION, BLOCK_K)
         t = tl.zeros_like(z)
         if ROWS:
             t = add_gradient(t, z, column[None, :], valid, scores, grad_all, grad_scores, begin, count, pair, own, 1)
         if COLUMNS:
-            begin_c, count_c, pair_c, own_c = load_queries(column, start, size, first, EXCLUDE_SELF)
+            begin_c, count_c, pair_c, own_c = load_queries(column, start, size, first, self_slot)
             t = add_gradient(
                 t, z, row[:, None], valid, scores, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, 0
             )
-        total = add_weighted_rows(total, t, v, column, feature, width)
+        total = add_weighted_rows(total, t, v, column, feature, width, PRECISION)
     target = du + (tl.program_id(2).to(tl.int64) * n + row)[:, None] * width + feature[None, :]
     tl.store(target, total * (scale * LN2), mask=exists[:, None] & (feature < width)[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
+def rank_weights_kernel(
+    strip, weights, start, size, first, self_slot, scale, scores, grad_all, grad_scores, n, m, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """weights = dS of the stored scores (n, m) of queries, both ``width`` apart, and in place where they are the same;
+    grid axis 1 divides the gallery."""
+    row, exists = owned_rows(n, BLOCK_M)
+    begin, count, pair, own = load_queries(row, start, size, first, self_slot)
+    scale = tl.load(scale)
+    low_column, high_column = owned_columns(m, 1, BLOCK_N)
+    for low in range(low_column, high_column, BLOCK_N):
+        column = (low + tl.arange(0, BLOCK_N))[None, :]
+        valid = (column < m) & exists[:, None]
+        place = row.to(tl.int64)[:, None] * width + column
+        z = tl.load(strip + place, mask=valid, other=0.0) * scale
+        t = tl.zeros_like(z)
+        t = add_gradient(t, z, column, valid, scores, grad_all, grad_scores, begin, count, pair, own, 1)
+        tl.store(weights + place, (t * (scale * LN2)).to(weights.dtype.element_ty), mask=valid)

@@ -3,7 +3,8 @@
     v_i = max over allowed j of s_ij,      a_i = the least such j;      minima are those of -s, negated
 
 A program owns rows and sweeps the columns, upwards; where too few would run, several share a block of rows and the
-caller compares their parts. Scores are the tiles that masked_lse has for masks by threshold, bit for bit.
+caller compares their parts. Scores are the tiles that masked_lse has for masks by threshold, bit for bit; where y is
+None, x holds stored ones (``pairwise``).
 """
 
 import triton
@@ -18,7 +19,8 @@ INF = tl.constexpr(float("inf"))
 @triton.jit(do_not_specialize=("mask", "n", "m", "first_column"))
 def row_extrema_kernel(
     x, y, mask, value, index, n, m, width, first_column,
-    GREATEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GREATEST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """value and index (parts, n): grid axis 1 divides the columns. Without an allowed pair: infinity and -1."""
     row, exists = owned_rows(n, BLOCK_M)
@@ -30,7 +32,7 @@ def row_extrema_kernel(
         column = low + tl.arange(0, BLOCK_N)
         valid = (column < m)[None, :]
         column = tl.minimum(column, m - 1)
-        s = dot_tile(x, y, row, column, width, dtype, BLOCK_K)
+        s = dot_tile(x, y, row, column, width, dtype, PRECISION, BLOCK_K)
         ok = allowed(mask, s, row[:, None], column[None, :], first_column, valid)
         s = tl.where(ok, s if GREATEST else -s, -INF)
         top = tl.max(s, 1)

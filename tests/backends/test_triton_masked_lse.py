@@ -18,6 +18,7 @@ from fastret.backends import phi
 from fastret.backends.pairs import Gradients, Need
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import masked_lse as backend
+from fastret.backends.triton import plans
 from fastret.kernels.triton import config
 from fastret.kernels.triton import masked_lse as kernels
 from fastret.ops import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
@@ -40,7 +41,10 @@ DTYPES = list(BOUNDS)
 
 # The exponent of a forbidden pair may overflow before it is discarded, log2(0) is meant; numpy, which interprets,
 # remarks on both.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in (exp2|log2|multiply|subtract):RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in (exp2|log2|multiply|subtract):RuntimeWarning"),
+    pytest.mark.usefixtures("fused"),  # what is tested by strips says so
+]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -219,6 +223,34 @@ def test_wide_rows(dtype: torch.dtype, gallery: bool, normalize: bool) -> None:
     check(x, y, [Head(scale, PairMask(offset=1), Indexed(labels(N, m)))], dtype, normalize=normalize)
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("k", range(len(MASKS)))
+def test_every_mask_and_target_by_strips(strips: None, k: int, axis: str) -> None:
+    """Two heads with all that a head has, cut to blocks of rows and columns; rows of 520 features and more."""
+    dtype, gallery = DTYPES[k % 4], k % 3 > 0
+    m = M if gallery else N
+    x, y = rows(N, 520 + 29 * k), rows(m, 520 + 29 * k, seed=6) if gallery else None
+    target = list(TARGETS.values())[k](N, m)
+    head = Head(torch.tensor(9.0, device=DEVICE), list(MASKS.values())[k](N, m), target, 0.2 * (k % 2), uniform(N))
+    other = Head(-7.0, row_bias=uniform(N) - 4, column_bias=-uniform(m), reduce=phi.NAMES[k % len(phi.NAMES)])
+    heads = [replace(h, axis=a) for h, a in ((head, axis), (other, "row"), (Head(5.0), "column"))]
+    check(x, y, heads, dtype, first_column=3 * gallery, columns=m + 5)
+
+
+@pytest.mark.parametrize("gallery", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strips_in_several_blocks_of_columns_and_one(
+    monkeypatch: pytest.MonkeyPatch, strips: None, dtype: torch.dtype, gallery: bool
+) -> None:
+    """And rows as they are: of 1,100 features, and of prefixes."""
+    if gallery:
+        monkeypatch.setattr(plans, "_workspace", "1GiB")
+    m = M if gallery else N
+    x, y = rows(N, 1100), rows(m, 1100, seed=6) if gallery else None
+    head = Head(8.0 / 1100, PairMask(offset=1), Indexed(labels(N, m)), column_bias=uniform(m))
+    check(x, y, [head, replace(head, axis="column", width=700)], dtype, normalize=False)
+
+
 @pytest.mark.parametrize(("n", "m", "width"), [(1, 1, 1), (1, 33, 3), (33, 1, 16), (17, 16, 33), (5, 0, 7)])
 def test_shapes(n: int, m: int, width: int) -> None:
     x, y = rows(n, width), rows(m, width, seed=6) if m else None
@@ -333,8 +365,10 @@ def test_low_precision_is_no_worse_than_dense_torch(dtype: torch.dtype, gallery:
 
 
 @pytest.mark.parametrize("gallery", [True, False])
-def test_gradients_one_by_one(gallery: bool) -> None:
+@pytest.mark.parametrize("plan", ["fused", "strips"])
+def test_gradients_one_by_one(request: pytest.FixtureRequest, plan: str, gallery: bool) -> None:
     """Each wanted alone equals the same among all; what is not wanted is not there."""
+    request.getfixturevalue(plan)
     m = M if gallery else N
     x, y = rows(N, 12), rows(m, 12, seed=6) if gallery else None
     scale = torch.tensor(2.5, dtype=F64, device=DEVICE)
@@ -357,7 +391,7 @@ def test_gradients_one_by_one(gallery: bool) -> None:
 @triton.jit
 def own_tile_kernel(u, v, s, n, m, width, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
     own = tl.arange(0, BLOCK)
-    tile = kernels.own_tile(u, v, own % n, own % m, width, s.dtype.element_ty, TRANSPOSED, 16)
+    tile = kernels.own_tile(u, v, own % n, own % m, width, s.dtype.element_ty, TRANSPOSED, "ieee", 16)
     tl.store(s + own[:, None] * BLOCK + own[None, :], tile)
 
 
@@ -414,11 +448,19 @@ def test_interpreted_shapes_have_several_of_everything() -> None:
 
 
 def test_kernels_are_compiled_on_a_gpu_and_only_there() -> None:
-    for kernel in (kernels.masked_lse_kernel, kernels.masked_lse_gradient_kernel):
+    for kernel in (
+        kernels.masked_lse_kernel,
+        kernels.masked_lse_gradient_kernel,
+        kernels.masked_lse_weights_kernel,
+    ):
         assert isinstance(kernel, triton.JITFunction) == COMPILED
 
 
-def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", ["fused", "strips"])
+def test_nothing_waits_for_the_device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    request.getfixturevalue(plan)
     x, y = rows(N, 12), rows(M, 12, seed=6)
     scale = torch.tensor(2.5, dtype=F64, device=DEVICE)
     heads = [Head(scale, MASKS["all at once"](N, M), TARGETS["circulant"](N, M), 0.1, uniform(N), uniform(M))]

@@ -30,7 +30,10 @@ BOUNDS = {
 }
 
 # Saturated sigmoids overflow 2^z on purpose; numpy, which interprets, remarks on it.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+    pytest.mark.usefixtures("fused"),  # what is tested by strips says so
+]
 
 BATCH = (1, 4, 5, 9, 3, 6, 7)  # class sizes around the chunk of 4; three blocks of rows, the last with 3
 OTHER = (0, 2, 11, 0, 1, 4, 8)  # of a gallery: classes without a match, and one that spans two blocks
@@ -122,6 +125,27 @@ def test_half_precision(dtype: torch.dtype, gallery: bool, width: int) -> None:
     wide = (x.to(F64), labels, None if y is None else y.to(F64), y_labels)
     expected = values_and_gradients(*wide, temperature=0.05, rounded=dtype, impl="reference")
     actual = values_and_gradients(x, labels, y, y_labels, temperature=0.05, impl="triton")
+    assert all(g.dtype == dtype for g in actual[2:])
+    assert_close(actual, expected, *BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("kind", ["batch", "others", "gallery", "queries only", "gallery only"])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+def test_strips(strips: None, dtype: torch.dtype, kind: str) -> None:
+    """Three strips of rows of 600 features, the last with 3; of half precision, ranks of the rounded unit rows."""
+    with_gallery = kind not in ("batch", "others")
+    x, labels = problem(BATCH, 600)
+    y, y_labels = problem(OTHER, 600, seed=1) if with_gallery else (None, None)
+    x, y = x.to(dtype), None if y is None else y.to(dtype)
+    wide = (x.to(F64), labels, None if y is None else y.to(F64), y_labels)
+    options = {
+        "temperature": 0.05,
+        "exclude_self": kind == "others",
+        "wanted": {"queries only": "x", "gallery only": "y"}.get(kind, "xy"),
+    }
+    rounded = dtype if dtype.itemsize == 2 else None
+    expected = values_and_gradients(*wide, **options, rounded=rounded, impl="reference")
+    actual = values_and_gradients(x, labels, y, y_labels, **options, impl="triton")
     assert all(g.dtype == dtype for g in actual[2:])
     assert_close(actual, expected, *BOUNDS[dtype])
 
@@ -223,6 +247,7 @@ def test_kernels_are_compiled_on_a_gpu_and_only_there() -> None:
         kernels.rank_sums_kernel,
         kernels.pair_gradient_kernel,
         kernels.rank_gradient_kernel,
+        kernels.rank_weights_kernel,
     ):
         assert isinstance(kernel, triton.JITFunction) == COMPILED
 
@@ -234,7 +259,11 @@ def test_architectures_that_are_not_listed(architecture: str, tile: str) -> None
     assert config.choices("gradient", architecture, 2) == config.choices("gradient", tile, 2)
 
 
-def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plan", ["fused", "strips"])
+def test_nothing_waits_for_the_device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    request.getfixturevalue(plan)
     x, labels = problem(BATCH, 37)
     segments = label_segments(labels)
     pairs = int(segments.count.sum())

@@ -48,9 +48,16 @@ MASKS: dict[str, Callable[[int, int], PairMask]] = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("n", "m", "width"), [(N, M, 7), (N, 0, 40), (3, M, 9), (17, 1, 1), (1, 16, 33)])
-def test_equals_reference(mask: str, n: int, m: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("plan", "n", "m", "width"),
+    [
+        *(("fused", N, M, 7), ("fused", N, 0, 40), ("fused", 3, M, 9), ("fused", 17, 1, 1), ("fused", 1, 16, 33)),
+        *(("strips", N, M, 520), ("strips", N, 0, 520)),
+    ],
+)
+def test_equals_reference(request: pytest.FixtureRequest, mask: str, plan: str, n: int, m: int, width: int) -> None:
     """Values, places and gradients, in the batch where there is no gallery, and of columns that start at 5."""
+    request.getfixturevalue(plan)
     normalize = width != 9
     leaves = [rows(n, width).requires_grad_(), *([rows(m, width, seed=6).requires_grad_()] if m else [])]
     extrema = [("min", MASKS[mask](n, m or n)), ("max", MASKS[mask](n, m or n)), ("max", PairMask(offset=5))]
@@ -68,10 +75,15 @@ def test_equals_reference(mask: str, n: int, m: int, width: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gallery", [True, False])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_scores_are_those_of_masked_lse(dtype: torch.dtype, gallery: bool, normalize: bool) -> None:
+@pytest.mark.parametrize(
+    ("plan", "normalize", "width"), [("fused", True, 40), ("fused", False, 40), ("strips", True, 600)]
+)
+def test_scores_are_those_of_masked_lse(
+    request: pytest.FixtureRequest, dtype: torch.dtype, gallery: bool, plan: str, normalize: bool, width: int
+) -> None:
     """A threshold at an extremum excludes exactly it, in forward and in backward of heads of every kind."""
-    x, y = rows(N, 40).to(dtype).requires_grad_(), rows(M, 40, seed=6).to(dtype) if gallery else None
+    request.getfixturevalue(plan)
+    x, y = rows(N, width).to(dtype).requires_grad_(), rows(M, width, seed=6).to(dtype) if gallery else None
     m = M if gallery else N
     others = PairMask() if gallery else PairMask(offset=0)
     options = {"normalize": normalize, "impl": "triton"}
@@ -94,8 +106,10 @@ def test_scores_are_those_of_masked_lse(dtype: torch.dtype, gallery: bool, norma
 
 
 @pytest.mark.parametrize("gallery", [True, False])
-def test_of_equals_the_first(gallery: bool) -> None:
-    """Within a tile, across tiles and across parts: every row stands there many times, exactly."""
+@pytest.mark.parametrize("plan", ["fused", "strips"])
+def test_of_equals_the_first(request: pytest.FixtureRequest, plan: str, gallery: bool) -> None:
+    """Within a tile, across tiles, parts and blocks: every row stands there many times, exactly."""
+    request.getfixturevalue(plan)
     one_hot = torch.eye(4, device=DEVICE)[torch.arange(150 if COMPILED else 70, device=DEVICE) % 4]
     x, y = (one_hot[:9], one_hot) if gallery else (one_hot, None)
     assert config.parts(DEVICE, 1, 5) > 1, "parts of the columns are compared"

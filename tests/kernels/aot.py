@@ -38,8 +38,8 @@ SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 99, "gfx942": 64}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 # Kernel arguments by type, where a variant does not say: the rest point to numbers in the dtype of accumulation.
-IN_ROW_DTYPE = ("x", "y", "u", "v", "logits", "soft", "grad_soft", "grad_hard", "d_rows")
-INT64 = ("start", "size", "first", "row", "column", "partner", "index", "codes")
+IN_ROW_DTYPE = ("x", "y", "u", "v", "logits", "soft", "grad_soft", "grad_hard", "d_rows", "weights")
+INT64 = ("start", "size", "first", "self_slot", "row", "column", "partner", "index", "codes")
 INT32 = ("n", "m", "width", "pairs", "first_column", "books", "words")
 
 
@@ -71,7 +71,23 @@ def variants(architecture: str, dtype: str, thorough: bool) -> list[Variant]:
         *(rank_sums_variants, masked_lse_variants, pair_sums_variants, row_extrema_variants, pair_dot_variants),
         soft_assign_variants,
     )
-    return [variant for of_op in of_ops for variant in of_op(choices, dtype) if thorough or not variant.rare]
+    found = [variant for of_op in of_ops for variant in of_op(choices, dtype)]
+    if dtype == "fp32":
+        choices = functools.partial(choices, tf32=True)
+        found += [in_tf32(v) for of_op in of_ops for v in of_op(choices, dtype) if multiplies(v)]
+    return [variant for variant in found if thorough or not variant.rare]
+
+
+def multiplies(variant: Variant) -> bool:
+    """Whether the precision of float32 products is a choice in it."""
+    return "PRECISION" in variant.kernel.arg_names and None not in (variant.arguments.get(k, 0) for k in ("y", "v"))
+
+
+def in_tf32(variant: Variant) -> Variant:
+    """The same with products in TF32: in the test suite gradients of two heads and of ranks, which hold most."""
+    name, arguments = f"TF32 {variant.name}".strip(), {**variant.arguments, "PRECISION": tl.constexpr("tf32")}
+    rare = variant.rare or variant.name not in ("CLIP", "") or "SLICE" not in variant.options
+    return variant._replace(name=name, arguments=arguments, rare=rare)
 
 
 def accumulated(dtype: str) -> str:
@@ -81,16 +97,24 @@ def accumulated(dtype: str) -> str:
 
 def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     """Sides of the gradient at its largest slice only."""
+    real = accumulated(dtype)
+    stored = {"x": real, "y": None}
     for options in choices("scores"):
         yield Variant(rank_sums.positive_scores_kernel, {**options})
     for options in choices("sums"):
         for kernel in (rank_sums.rank_sums_kernel, rank_sums.pair_gradient_kernel):
-            yield Variant(kernel, {**options, "EXCLUDE_SELF": True})
+            yield Variant(kernel, {**options})
     for options in choices("gradient"):
-        yield Variant(rank_sums.rank_gradient_kernel, {**options, "ROWS": True, "COLUMNS": True, "EXCLUDE_SELF": True})
+        yield Variant(rank_sums.rank_gradient_kernel, {**options, "ROWS": True, "COLUMNS": True})
     for rows in (True, False):
-        sides = {"ROWS": rows, "COLUMNS": not rows, "EXCLUDE_SELF": False}
-        yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides}, rare=True)
+        sides, every = {"ROWS": rows, "COLUMNS": not rows}, {"self_slot": None}
+        yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides}, "", every, rare=True)
+    for options in choices("strip"):
+        yield Variant(rank_sums.rank_weights_kernel, {**options})
+        swept = {**options, "BLOCK_K": 0, "CHUNK": choices("sums")[0]["CHUNK"]}
+        yield Variant(rank_sums.rank_sums_kernel, swept, "stored", stored)
+        yield Variant(rank_sums.pair_gradient_kernel, swept, "stored", stored)
+        yield Variant(rank_sums.positive_scores_kernel, {**options, "BLOCK_K": 0}, "stored", stored, rare=True)
 
 
 def head(
@@ -148,6 +172,15 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     for options in choices("lse heavy"):
         yield Variant(forward, {**tile(options), "TRANSPOSED": True}, "everything", {"head": everything})
         yield from backwards("everything", options, (everything, everything), ("columns",), row_sums=None)
+    stored = {"u": real, "v": None, "head": everything}
+    for options in choices("strip"):
+        for transposed in (True, False):
+            launch = {**options, "TRANSPOSED": transposed, "BLOCK_K": 0}
+            yield Variant(forward, launch, "stored, everything", stored, rare=not transposed)
+        launch = {**options, "HEADS": 2, "SLOTS": 2}
+        weights = masked_lse.masked_lse_weights_kernel
+        yield Variant(weights, launch, "everything", {"heads": (everything, everything)})
+        yield Variant(weights, launch, "CLIP", {"heads": clip, **biases}, rare=True)
 
 
 def tile(options: Mapping[str, int]) -> dict[str, int]:
@@ -178,6 +211,10 @@ def row_extrema_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     every = pairs.Mask(labels, labels, labels, "i32", "i32", real, real)
     for options in choices("lse heavy"):
         yield Variant(row_extrema.row_extrema_kernel, {**tile(options), "GREATEST": False}, "", {"mask": every})
+    for options in choices("strip"):
+        given = {"x": real, "y": None, "mask": every}
+        launch = {**options, "BLOCK_K": 0, "GREATEST": True}
+        yield Variant(row_extrema.row_extrema_kernel, launch, "stored", given, rare=True)
 
 
 def pair_dot_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
@@ -227,6 +264,7 @@ def compiled(variant: Variant, dtype: str, target: GPUTarget) -> Any:
     """Specialised as at a launch: pointers that are arguments of their own and the width are multiples of 16."""
     names = variant.kernel.arg_names
     types = dict.fromkeys(IN_ROW_DTYPE, f"*{dtype}") | dict.fromkeys(INT64, "*i64") | dict.fromkeys(INT32, "i32")
+    types["PRECISION"] = tl.constexpr("ieee")
     given = {**dict.fromkeys(names, accumulated(dtype)), **types, **variant.arguments, **variant.options}
     constants: dict[tuple[int, ...], Any] = {}
     signature = {name: described(given[name], (k,), constants) for k, name in enumerate(names)}

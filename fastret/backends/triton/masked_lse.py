@@ -11,32 +11,20 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastret.backends.pairs import (
-    Circulant,
-    Dense,
-    Gradients,
-    Head,
-    Indexed,
-    Listed,
-    Masked,
-    Need,
-    PairMask,
-    Shifted,
-    Target,
-)
+from fastret.backends.pairs import Gradients, Head, Need
 from fastret.backends.registry import Call
 from fastret.backends.rows import PackedRows, accumulation_dtype, poison
+from fastret.backends.triton import masked_lse_strips
+from fastret.backends.triton.heads import Upstream, arguments, by_threshold, conditions
+from fastret.backends.triton.plans import Strips, plan_for
 from fastret.backends.triton.rows import pack_padded, padded, total
 from fastret.kernels.triton import config, pairs
 from fastret.kernels.triton import masked_lse as kernels
 
 HEADS = 2  # that share a product of rows in backward: what registers hold, with all their conditions
 CONDITIONS = 6  # that two heads may have for the larger tiles
-
-_Upstream = tuple[Tensor, Tensor, Tensor]  # lse and the gradients of lse and of the target score
 
 
 @dataclass(frozen=True)
@@ -78,22 +66,15 @@ class _Problem:
         """The rows that belong to the results, and the other ones."""
         return (self.x.rows, self.y.rows) if axis == "row" else (self.y.rows, self.x.rows)
 
-    def arguments(self, head: Head, upstream: _Upstream | None = None) -> pairs.Head:
+    def arguments(self, head: Head, upstream: Upstream | None = None) -> pairs.Head:
         """A head as the kernels take it."""
         like = torch.empty((), dtype=accumulation_dtype(self.x.rows.dtype), device=self.x.rows.device)
-        return pairs.Head(
-            head.scale if isinstance(head.scale, Tensor) else _number(head.scale, like),
-            head.row_bias,
-            head.column_bias,
-            mask_arguments(head.mask),
-            _target(head.target, like),
-            _number(1 - head.smoothing, like) if head.smoothing else None,
-            _number(head.smoothing / self.columns, like) if head.smoothing else None,
-            tl.constexpr(head.target is not None or head.smoothing > 0),
-            tl.constexpr(head.axis),
-            tl.constexpr(head.reduce),
-            *(upstream or ()),
-        )
+        return arguments(head, like, self.columns, upstream)
+
+    def strips(self) -> Strips | None:
+        """The blocks to go through; None where the fused kernels do better."""
+        kind = "lse heavy" if self.heavy else "lse gradient"
+        return Strips(self.x.rows, self.y.rows) if plan_for(self.x.rows, kind) == "strip" else None
 
     def sums(self, head: Head) -> tuple[Tensor, Tensor]:
         """lse, or the sum of a phi, and t of one head."""
@@ -107,11 +88,12 @@ class _Problem:
         kernels.masked_lse_kernel[blocks, parts](
             *(u, v, self.arguments(head), lse, t, n, m, self.width, self.first_column),
             TRANSPOSED=head.axis == "column",
+            PRECISION=config.precision(u.dtype),
             **{name: value for name, value in options.items() if name != "SLICE"},
         )
         return (lse.logsumexp(0) if head.reduce == "lse" and parts > 1 else total(lse)), total(t)
 
-    def gradient(self, upstream: Sequence[_Upstream], *, rows: bool, columns: bool, wanted: Sequence[bool]) -> _Sums:
+    def gradient(self, upstream: Sequence[Upstream], *, rows: bool, columns: bool, wanted: Sequence[bool]) -> _Sums:
         """Of the rows, of the columns, or of both where they are the same; ``wanted``: which fields of the sums."""
         u, v = self.sides("row" if rows else "column")
         n, m, heads = len(u), len(v), len(self.heads)
@@ -130,63 +112,13 @@ class _Problem:
             ROWS=rows,
             COLUMNS=columns,
             TRANSPOSED=not rows,
+            PRECISION=config.precision(u.dtype),
             HEADS=heads,
             SLOTS=triton.next_power_of_2(heads),
             **options,
         )
         du, *sums = (None if t is None else total(t) for t in tables)
         return _Sums(None if du is None else du[:, : u.shape[1]], *sums)
-
-
-def _number(value: float, like: Tensor) -> Tensor:
-    """A kernel's float argument would be float32."""
-    return torch.full_like(like, value)
-
-
-def mask_arguments(m: PairMask) -> pairs.Mask:
-    """A mask as the kernels take it."""
-    offset = m.offset if m.offset is None or m.period is None else m.offset % m.period
-    return pairs.Mask(m.same, m.different, m.distinct, offset, m.period, m.above, m.below)
-
-
-def _target(target: Target | None, like: Tensor) -> pairs.Target:
-    match target:
-        case None:
-            return pairs.Target()
-        case Indexed():
-            return pairs.Target(index=target.index)
-        case Masked():
-            return pairs.Target(mask=mask_arguments(target.mask), weight=target.weight)
-        case Dense():
-            return pairs.Target(dense=target.weights, columns=target.weights.shape[1])
-        case Listed():
-            return pairs.Target(offsets=target.offsets, entries=(target.index, target.weight))
-        case Shifted():
-            shift = target.offset if target.period is None else target.offset % target.period
-            return pairs.Target(shifts=(shift,), period=target.period)
-        case Circulant():
-            return pairs.Target(
-                shifts=tuple(shift % target.period for shift in target.shifts),
-                shift_weights=tuple(_number(weight, like) for weight in target.weights),
-                base=target.offset,
-                period=target.period,
-            )
-
-
-def _by_threshold(head: Head) -> bool:
-    masks = [head.mask, *([head.target.mask] if isinstance(head.target, Masked) else [])]
-    return any(mask.above is not None or mask.below is not None for mask in masks)
-
-
-def _conditions(head: Head) -> int:
-    """About how many numbers a row, and a column, a program has to hold for a head."""
-    target = head.target
-    held = [*vars(head.mask).values(), head.row_bias, head.column_bias, target, head.smoothing or None]
-    held.append(head.reduce if head.reduce != "lse" else None)
-    if isinstance(target, Masked):
-        held.extend(vars(target.mask).values())
-    shifts = len(target.shifts) if isinstance(target, Circulant) else 0
-    return 1 + sum(value is not None for value in held) + shifts
 
 
 def _problems(
@@ -204,7 +136,7 @@ def _problems(
         for first in range(0, len(places), HEADS):
             these = places[first : first + HEADS]
             chosen = [heads[k] for k in these]
-            heavy = any(map(_by_threshold, chosen)) or sum(map(_conditions, chosen)) > CONDITIONS
+            heavy = any(map(by_threshold, chosen)) or sum(map(conditions, chosen)) > CONDITIONS
             yield _Problem(u, v, chosen, these, heavy, first_column, columns)
 
 
@@ -227,8 +159,13 @@ def forward(
             return [(t - torch.inf if h.reduce == "lse" else t.clone(), t) for h, t in zip(heads, empty, strict=True)]
         results: dict[int, tuple[Tensor, Tensor]] = {}
         for problem in _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns):
-            for place, head in zip(problem.places, problem.heads, strict=True):
-                lse, t = problem.sums(head)
+            strips = problem.strips()
+            found = (
+                map(problem.sums, problem.heads)
+                if strips is None
+                else masked_lse_strips.sums(strips, problem.heads, first_column, columns)
+            )
+            for place, (lse, t) in zip(problem.places, found, strict=True):
                 results[place] = lse.add_(nothing), t.add_(nothing)
         return [results[place] for place in range(len(heads))]
 
@@ -275,13 +212,22 @@ def backward(
         )
 
 
-def _add_gradients(result: Gradients, problem: _Problem, upstream: Sequence[_Upstream], need: Need) -> None:
-    """Those of the heads of one problem, in at most two launches: programs that own rows, and columns."""
+def _add_gradients(result: Gradients, problem: _Problem, upstream: Sequence[Upstream], need: Need) -> None:
+    """Those of the heads of one problem: by strips, or in at most two launches, programs that own rows, and columns."""
     row_bias, column_bias, scale = (
         any(gradients[k] is not None for k in problem.places)
         for gradients in (result.row_bias, result.column_bias, result.scale)
     )
     symmetric = problem.x is problem.y
+    if (strips := problem.strips()) is not None:
+        those = masked_lse_strips.Wanted(need.x, need.y, row_bias, column_bias, scale)
+        found = masked_lse_strips.gradients(
+            strips, problem.heads, upstream, problem.first_column, problem.columns, those
+        )
+        _add_rows(result.x, problem.x, found.du)
+        _add_rows(result.y, problem.y, found.dv)
+        _add_sums(result, problem, found.of_rows, found.of_columns, found.of_scores)
+        return
     of_columns = need.y or (symmetric and need.x) or column_bias
     of_rows = need.x or row_bias or (scale and not of_columns)
     launches = [(True, False)] * of_rows + [(False, True)] * of_columns
@@ -291,11 +237,27 @@ def _add_gradients(result: Gradients, problem: _Problem, upstream: Sequence[_Ups
         side, into = (problem.x, result.x) if rows or symmetric else (problem.y, result.y)
         wanted = (into is not None, rows and row_bias, columns and column_bias, scale and (rows or not of_rows))
         sums = problem.gradient(upstream, rows=rows, columns=columns, wanted=wanted)
-        if into is not None and sums.rows is not None:
-            into[:, : side.rows.shape[1]] += side.gradient(sums.rows, into.dtype)
-        for slot, k in enumerate(problem.places):
-            for gradient, table in ((result.row_bias[k], sums.of_rows), (result.column_bias[k], sums.of_columns)):
-                if gradient is not None and table is not None:
-                    gradient += table[slot]
-            if (gradient := result.scale[k]) is not None and sums.of_scores is not None:
-                gradient += sums.of_scores[slot].sum()
+        _add_rows(into, side, sums.rows)
+        of_scores = None if sums.of_scores is None else sums.of_scores.sum(1)
+        _add_sums(result, problem, sums.of_rows, sums.of_columns, of_scores)
+
+
+def _add_rows(into: Tensor | None, side: PackedRows, du: Tensor | None) -> None:
+    """The gradient of packed rows, or prefixes of rows, to that of the caller's."""
+    if into is not None and du is not None:
+        into[:, : side.rows.shape[1]] += side.gradient(du, into.dtype)
+
+
+def _add_sums(
+    result: Gradients,
+    problem: _Problem,
+    of_rows: Tensor | None,
+    of_columns: Tensor | None,
+    of_scores: Tensor | None,
+) -> None:
+    """Sums of W along rows and columns (heads, n), and of W s (heads,), to the heads that want them."""
+    for slot, k in enumerate(problem.places):
+        places = result.row_bias[k], result.column_bias[k], result.scale[k]
+        for gradient, table in zip(places, (of_rows, of_columns, of_scores), strict=True):
+            if gradient is not None and table is not None:
+                gradient += table[slot]

@@ -1,4 +1,5 @@
-"""rank_sums by the kernels of kernels/triton/rank_sums.py: sorts and normalises the rows, launches, unsorts.
+"""rank_sums by the kernels of kernels/triton/rank_sums.py: sorts and normalises the rows, launches, unsorts; or by
+strips of queries with the whole gallery (``plans``).
 
 Nothing here waits for the device: launch grids follow from shapes alone, and CUDA graphs can capture every call. Memory
 beyond inputs and outputs: sorted rows in their own dtype, their gradients in the dtype of accumulation, two numbers a
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from fastret.backends.rows import PackedRows, accumulation_dtype, poison
 from fastret.backends.segments import Segments
+from fastret.backends.triton import plans, rank_sums_strips
+from fastret.backends.triton.plans import Strips
 from fastret.backends.triton.rows import pack_padded, padded, total
 from fastret.kernels.triton import config
 from fastret.kernels.triton import rank_sums as kernels
@@ -27,27 +30,36 @@ class _Problem:
     Attributes:
         x, y: queries (N, D) and gallery (M, D), ``width`` apart; the same object where the gallery is the batch.
         width: D and its padding.
-        segments: start, size and first pair of each sorted query, (N,) int64 each.
+        segments: start, size and first pair of each sorted query, and where it is excluded its slot; (N,) int64 each.
         scale: log2(e) / temperature, 0-dim, in the dtype of accumulation: a kernel's float argument is float32.
-        scores: (P,) scaled scores of the positive pairs.
-        exclude_self: as for the op.
+        scores: (P,) scaled scores of the positive pairs; ``score_positives`` fills it.
     """
 
     x: PackedRows
     y: PackedRows
     width: int
-    segments: tuple[Tensor, Tensor, Tensor]
+    segments: tuple[Tensor, Tensor, Tensor, Tensor | None]
     scale: Tensor
     scores: Tensor
-    exclude_self: bool
 
     def score_positives(self) -> None:
         """Fills ``scores``."""
         x, y = self.x.rows, self.y.rows
         options = config.lookup("scores", x.device, x.dtype)
         kernels.positive_scores_kernel[(triton.cdiv(len(x), options["BLOCK_M"]),)](
-            x, y, *self.segments, self.scale, self.scores, len(x), len(y), self.width, **options
+            *(x, y, *self.segments[:3], self.scale, self.scores, len(x), len(y), self.width),
+            PRECISION=config.precision(x.dtype),
+            **options,
         )
+
+    def pairs(self) -> rank_sums_strips.Pairs:
+        return rank_sums_strips.Pairs(self.segments, self.scale, self.scores)
+
+    def strips(self) -> Strips | None:
+        """The strips to go through; None where the fused kernels do better, or no strip fits."""
+        strips = Strips(self.x.rows, self.y.rows, whole_rows=True)
+        fits = plans.chosen() != "auto" or strips.fits()
+        return strips if fits and plans.plan_for(self.x.rows, "gradient") == "strip" else None
 
     def sums(self, kernel: Any, inputs: tuple[Tensor, ...], count: int) -> list[Tensor]:
         """``count`` tables (P,) that a kernel fills with sums over the gallery."""
@@ -58,7 +70,7 @@ class _Problem:
         tables = [self.scores.new_empty(parts, pairs) for _ in range(count)]
         kernel[blocks, parts](
             *(x, y, *self.segments, self.scale, self.scores, *inputs, *tables, len(x), len(y), self.width, pairs),
-            EXCLUDE_SELF=self.exclude_self,
+            PRECISION=config.precision(x.dtype),
             **options,
         )
         return [total(t) for t in tables]
@@ -75,7 +87,7 @@ class _Problem:
             *(u, v, *self.segments, self.scale, self.scores, grad_all, grad_scores, du, n, m, self.width),
             ROWS=of_x,
             COLUMNS=of_y,
-            EXCLUDE_SELF=self.exclude_self,
+            PRECISION=config.precision(u.dtype),
             **options,
         )
         return total(du)[:, : u.shape[1]]
@@ -89,17 +101,16 @@ def _prepare(
     queries = pack_padded(x, order, normalize)
     gallery = queries if y is None else pack_padded(y, s.order, normalize)
     dtype = accumulation_dtype(x.dtype)
-    problem = _Problem(
+    start = s.start[order]
+    slot = torch.arange(len(x), device=x.device) - start if exclude_self else None
+    return _Problem(
         queries,
         gallery,
         width,
-        (s.start[order], s.count[order], s.first_pair()[order]),
+        (start, s.count[order], s.first_pair()[order], slot),
         torch.full((), math.log2(math.e) / temperature, dtype=dtype, device=x.device),
         torch.empty(pairs, dtype=dtype, device=x.device),
-        exclude_self,
     )
-    problem.score_positives()
-    return problem
 
 
 def forward(
@@ -118,7 +129,11 @@ def forward(
         return nothing, nothing.clone()
     with torch.cuda.device_of(x):
         problem = _prepare(x, y, segments, pairs, temperature, exclude_self, normalize)
-        rank_all, rank_pos = problem.sums(kernels.rank_sums_kernel, (), 2)
+        if (strips := problem.strips()) is not None:
+            rank_all, rank_pos = rank_sums_strips.sums(strips, problem.pairs())
+        else:
+            problem.score_positives()
+            rank_all, rank_pos = problem.sums(kernels.rank_sums_kernel, (), 2)
         nan = poison(x) if y is None else poison(x, y)
         return rank_all.add_(nan), rank_pos.add_(nan)
 
@@ -143,8 +158,16 @@ def backward(
     with torch.cuda.device_of(x):
         grad_all, grad_pos = grad_all.contiguous(), grad_pos.contiguous()
         problem = _prepare(x, y, segments, pairs, temperature, exclude_self, normalize)
-        (grad_scores,) = problem.sums(kernels.pair_gradient_kernel, (grad_all, grad_pos), 1)
         dx = dy = None
+        if (strips := problem.strips()) is not None:
+            grads = rank_sums_strips.gradients(strips, problem.pairs(), grad_all, grad_pos, of_x=need_x, of_y=need_y)
+            dx, dy = (
+                None if du is None else side.gradient(du, x.dtype)
+                for side, du in zip((problem.x, problem.y), grads, strict=True)
+            )
+            return dx, dy
+        problem.score_positives()
+        (grad_scores,) = problem.sums(kernels.pair_gradient_kernel, (grad_all, grad_pos), 1)
         if need_x:
             dx = problem.x.gradient(problem.gradient(grad_all, grad_scores, of_x=True, of_y=y is None), x.dtype)
         if y is not None and need_y:

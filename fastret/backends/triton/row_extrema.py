@@ -1,5 +1,6 @@
-"""row_extrema by the kernel of kernels/triton/row_extrema.py, a launch for each extremum, in the tiles that masked_lse
-takes for masks by threshold: the same scores, bit for bit. Nothing here waits for the device."""
+"""row_extrema by the kernel of kernels/triton/row_extrema.py, a launch for each extremum, in the tiles or the strips
+(``plans``) that masked_lse takes for masks by threshold: the same scores, bit for bit. Nothing here waits for the
+device."""
 
 from collections.abc import Sequence
 
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from fastret.backends.pairs import PairMask
 from fastret.backends.rows import accumulation_dtype, poison
-from fastret.backends.triton.masked_lse import mask_arguments
+from fastret.backends.triton.heads import mask_arguments, mask_part
+from fastret.backends.triton.plans import Strips, plan_for
 from fastret.backends.triton.rows import pack_padded, padded
 from fastret.kernels.triton import config
 from fastret.kernels.triton import row_extrema as kernels
+
+_Found = tuple[Tensor, Tensor]  # value and index
 
 
 def forward(
@@ -28,13 +32,38 @@ def forward(
             return [(value, torch.full((len(x),), -1, device=x.device)) for value in worst]
         u = pack_padded(x, torch.arange(len(x), device=x.device), normalize).rows
         v = u if y is None else pack_padded(y, torch.arange(len(y), device=y.device), normalize).rows
-        found = [_extremum(u, v, kind, mask, first_column) for kind, mask in extrema]
+        if plan_for(u, "lse heavy") == "strip":
+            found = _by_strips(Strips(u, v), extrema, first_column)
+        else:
+            options = config.lookup("lse heavy", u.device, u.dtype)
+            tile = {name: option for name, option in options.items() if name != "SLICE"}
+            found = [_extremum(u, v, kind, mask, padded(x.shape[1]), first_column, tile) for kind, mask in extrema]
         return [(value.add_(nothing), index) for value, index in found]
 
 
-def _extremum(u: Tensor, v: Tensor, kind: str, mask: PairMask, first_column: int) -> tuple[Tensor, Tensor]:
-    n, m, width = len(u), len(v), padded(u.shape[1])
-    options = config.lookup("lse heavy", u.device, u.dtype, width)
+def _by_strips(strips: Strips, extrema: Sequence[tuple[str, PairMask]], first_column: int) -> list[_Found]:
+    """Blocks come in ascending columns, so of equals the earlier stays."""
+    u = strips.u
+    found: list[list[_Found]] = [[] for _ in extrema]
+    options = {**config.lookup("strip", u.device, u.dtype), "BLOCK_K": 0}  # nothing is multiplied
+    for b, scores in strips.blocks():
+        for table, (kind, mask) in zip(found, extrema, strict=True):
+            here = _extremum(
+                scores, None, kind, mask_part(mask, b), scores.stride(0), first_column + b.first_column, options
+            )
+            if b.first_column:
+                value, index = table.pop()
+                better = here[0] < value if kind == "min" else here[0] > value
+                here = torch.where(better, here[0], value), torch.where(better, here[1], index)
+            table.append(here)
+    return [(torch.cat([v for v, _ in table]), torch.cat([i for _, i in table])) for table in found]
+
+
+def _extremum(
+    u: Tensor, v: Tensor | None, kind: str, mask: PairMask, width: int, first_column: int, options: config.Options
+) -> _Found:
+    """Of rows u and v, or of scores u."""
+    n, m = len(u), u.shape[1] if v is None else len(v)
     blocks = triton.cdiv(n, options["BLOCK_M"])
     parts = config.parts(u.device, blocks, triton.cdiv(m, options["BLOCK_N"]))
     value = torch.empty(parts, n, dtype=accumulation_dtype(u.dtype), device=u.device)
@@ -42,7 +71,8 @@ def _extremum(u: Tensor, v: Tensor, kind: str, mask: PairMask, first_column: int
     kernels.row_extrema_kernel[blocks, parts](
         *(u, v, mask_arguments(mask), value, index, n, m, width, first_column),
         GREATEST=kind == "max",
-        **{name: option for name, option in options.items() if name != "SLICE"},
+        PRECISION=config.precision(u.dtype),
+        **options,
     )
     if parts == 1:
         return value[0], index[0]
