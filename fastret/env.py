@@ -20,6 +20,7 @@ OPS = (
     "pq_topk",
     "segment_mean",
     "patchmix",
+    "update_rows",
 )
 
 
