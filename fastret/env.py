@@ -21,6 +21,7 @@ OPS = (
     "pq_topk",
     "segment_mean",
     "patchmix",
+    "update_rows",
 )
 
 

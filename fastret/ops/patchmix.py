@@ -79,7 +79,7 @@ def patchmix(
         patch_size: side of a patch in pixels, which divides H and W; of sequences 1.
         m: images mixed into each, from 1 (none) to T. Labels: ``fastret.PatchMixTargets(kind, B, m)``.
         permutation, generator: as in ``fastret.ops.patch_groups``; one drawn permutation serves the whole batch.
-        impl: "reference", "tiled" or "cpu"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
+        impl: "reference", "tiled", "cpu" or "triton"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
 
     Returns:
         As x.

@@ -50,7 +50,8 @@ def sampled_dot(
         index: (N, K) integers from 0 to C - 1.
         count: how many columns are drawn for each row instead.
         seed: of the draws; an integer of 64 bits, or a 0-dim int64 tensor on the device of x, which is not waited for.
-        impl: "reference", "tiled", "cpu" or "cuda"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
+        impl: "reference", "tiled", "cpu", "triton" or "cuda"; None: ``fastret.backend``, FASTRET_IMPL, else the
+            fastest.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.

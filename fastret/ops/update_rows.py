@@ -8,15 +8,24 @@ at mu = 1/2. mu = 0 ("old") writes unit rows, as queues do. An index that comes 
 update, from the row as it was: by the last of its rows, by the first, or by their mean.
 
 Cost: B D, and the sorting of B indices. Memory: O(B D).
+
+The interface of an implementation, ``fastret.backends.*.update_rows``:
+
+    update(bank, index, x, momentum, convention, *, normalize, duplicates) -> None
+
+with bank (C, D); index (B,) int64 from 0 to C - 1; x (B, D) in the dtype of accumulation of the bank.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastret.backends.rows import accumulation_dtype, row_norms
+from fastret.backends import registry
+from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
 from fastret.ops.in_range import in_range
-from fastret.ops.segment_mean import segment_mean
+from fastret.ops.library import define
 
 CONVENTIONS = ("old", "new")
 DUPLICATES = ("last", "first", "mean")
@@ -31,6 +40,7 @@ def update_rows_(
     convention: str = "old",
     normalize: bool = True,
     duplicates: str = "last",
+    impl: str | None = None,
 ) -> Tensor:
     """Update ``bank[index]`` in place; formulas and duplicates stand at the top of this file.
 
@@ -41,6 +51,7 @@ def update_rows_(
         momentum: mu in [0, 1]. convention: "old" or "new".
         normalize: divide by the norm, of which no less than 1e-12 counts (the official code divides 0 by 0).
         duplicates: "last" (the highest place in the batch), "first" or "mean".
+        impl: "reference", "tiled", "cpu" or "triton"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
 
     Returns:
         The bank.
@@ -54,15 +65,13 @@ def update_rows_(
         raise ValueError(f"x: expected {bank.shape[1]} columns like the bank, got {x.shape[1]}")
     checks.check_rows(x, "x", like=bank)
     checks.check_labels(index, x, "index")
-    with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
+    options = ("mean",) if duplicates == "mean" else ()
+    chosen = registry.resolve("update_rows", bank.device.type, bank.dtype, impl, options)
+    with torch.no_grad():
         index = in_range(index, bank.shape[0], "index")
-        wide = accumulation_dtype(bank.dtype)
-        new = _one_of_each(index, x.detach().to(wide), duplicates)
-        kept, taken = (momentum, 1 - momentum) if convention == "old" else (1 - momentum, momentum)
-        rows = kept * bank[index].to(wide) + taken * new
-        if normalize:
-            rows = rows / row_norms(rows)
-        bank[index] = rows.to(bank.dtype)  # those of one index are equal, whichever is written last
+        rows = x.detach().to(accumulation_dtype(bank.dtype))
+        rule = (momentum, convention, normalize, duplicates)
+        torch.ops.fastret.update_rows_.default(bank, index, rows, *rule, chosen)
     return bank
 
 
@@ -77,14 +86,28 @@ def check_update(momentum: float, convention: str, duplicates: str) -> None:
         raise ValueError(f"duplicates: expected one of {', '.join(DUPLICATES)}, got {duplicates!r}")
 
 
-def _one_of_each(index: Tensor, x: Tensor, duplicates: str) -> Tensor:
-    """(B, D): for each place the row that stands for all that have its index."""
-    ascending, order = index.sort(stable=True)
-    begin = torch.searchsorted(ascending, index)
-    end = torch.searchsorted(ascending, index, right=True)
-    if duplicates == "last":
-        return x[order[end - 1]]
-    if duplicates == "first":
-        return x[order[begin]]
-    means, _ = segment_mean(x, begin, len(x), impl="auto")
-    return means[begin]
+def _update(
+    bank: Tensor,
+    index: Tensor,
+    x: Tensor,
+    momentum: float,
+    convention: str,
+    normalize: bool,
+    duplicates: str,
+    impl: str,
+) -> None:
+    module = registry.IMPLEMENTATIONS[impl].module("update_rows")
+    module.update(bank, index, x, momentum, convention, normalize=normalize, duplicates=duplicates)
+    torch.autograd.graph.increment_version(bank)  # a graph that needs the old rows is to notice
+
+
+def _update_fake(*_: Any) -> None:
+    return None
+
+
+define(
+    "update_rows_(Tensor(a!) bank, Tensor index, Tensor x, float momentum, str convention, bool normalize, "
+    "str duplicates, str impl) -> ()",
+    _update,
+    _update_fake,
+)

@@ -38,6 +38,9 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
 # scores: tiles of S as they are. sums: reductions along rows of S, for CHUNK positives of a query a sweep.
 # gradient: tiles of S, recomputed, times rows; SLICE, ascending: features a program accumulates in registers.
 # pair scores, pair gradient: BLOCK_P pairs at a time.
+# sampled scores, sampled gradient: BLOCK_S rows of a bank at a time, by the bytes of its elements.
+# patchmix: BLOCK_P pieces of BLOCK_W words, by the bytes of a word; of shorter pieces more.
+# update rows: BLOCK_D features of a row at a time.
 # assign, assign rows, assign words: soft_assign and its gradients, of books whose widths a SLICE holds;
 # float16 rows, the products of which take TF32, as float32.
 # strip: stored tiles of S, for all ops; nothing is multiplied.
@@ -83,6 +86,14 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("pair gradient", 2): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=128)),
     ("pair gradient", 4): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=128)),
     ("pair gradient", 8): _everywhere(_options(4, 2, BLOCK_P=8, SLICE=64)),
+    ("sampled scores", 2): _everywhere(_options(4, 1, BLOCK_S=64, BLOCK_D=128)),
+    ("sampled scores", 4): _everywhere(_options(4, 1, BLOCK_S=32, BLOCK_D=128)),
+    ("sampled scores", 8): _everywhere(_options(4, 1, BLOCK_S=16, BLOCK_D=128)),
+    ("sampled gradient", 2): _everywhere(_options(4, 1, BLOCK_S=64, SLICE=128)),
+    ("sampled gradient", 4): _everywhere(_options(4, 1, BLOCK_S=32, SLICE=128)),
+    ("sampled gradient", 8): _everywhere(_options(4, 1, BLOCK_S=16, SLICE=128)),
+    **{("patchmix", size): _everywhere(_options(4, 1, BLOCK_P=8, BLOCK_W=128)) for size in (1, 2, 4, 8)},
+    **{("update rows", size): _everywhere(_options(4, 1, BLOCK_D=512)) for size in (2, 4, 8)},
     ("lse", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
     ("lse", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
     ("lse", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
@@ -178,6 +189,10 @@ _INTERPRETED: dict[str, Options] = {
     "pair scores": _options(1, 1, BLOCK_P=8, BLOCK_K=32),
     "pair gradient": _options(1, 1, BLOCK_P=4, SLICE=32),
     "strip": _strip(16, 16, 1),
+    "sampled scores": _options(1, 1, BLOCK_S=16, BLOCK_D=32),
+    "sampled gradient": _options(1, 1, BLOCK_S=16, SLICE=32),
+    "patchmix": _options(1, 1, BLOCK_P=4, BLOCK_W=16),
+    "update rows": _options(1, 1, BLOCK_D=32),
     "lse": _tile(16, 16, 32, 1, 1),
     "lse gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
     "lse heavy": _tile(16, 16, 32, 1, 1, SLICE=32),

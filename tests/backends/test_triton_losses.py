@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastret
 from fastret import functional as F
 from fastret.backends.pairs import Head, PairMask
 from fastret.ops import masked_lse, row_extrema
@@ -34,6 +35,31 @@ def labels(count: int, seed: int) -> Tensor:
 
 
 OWN, OTHERS = labels(N, 1), labels(M, 2)
+NOISE = torch.randint(0, M, (N, 19), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+PERMUTATION = torch.randperm(9, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+
+
+def patch_mix(x: Tensor, y: Tensor, temperature: Tensor, impl: str) -> Tensor:
+    """Features as patches of one number."""
+    mixed = F.patchmix(x[:, :, None], 1, 2, permutation=PERMUTATION, impl=impl)[:, :, 0]
+    return fastret.PatchMixLoss(2, temperature, impl=impl)(x, y[:N], y[-N:], mixed, y[:N].roll(3, 0))
+
+
+def npid(x: Tensor, y: Tensor, impl: str) -> Tensor:
+    """The second batch, which the first has set Z, the bank and the noise for."""
+    module = fastret.NPID(M, 9, num_noise=19, temperature=0.7, dtype=x.dtype, seed=5, impl=impl).to(DEVICE)
+    module.bank.memory.copy_(y.detach())
+    with fastret.backend(impl):  # of the update
+        module(x.detach().requires_grad_(), 2 * OWN).backward()
+    return module(x, 2 * OWN)
+
+
+def nce_average(x: Tensor, y: Tensor, impl: str) -> Tensor:
+    average = fastret.NCEAverage(9, M, 19, T=0.7).to(DEVICE, x.dtype)
+    average.memory.copy_(y.detach())
+    with fastret.backend(impl):
+        return fastret.NCECriterion(M)(average(x, 2 * OWN), 2 * OWN)[0]
+
 
 # Of x (N, D), y (M, D), classes (CLASSES, D) and a learned number; each loss uses what it needs.
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -54,6 +80,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "CentroidTriplet, rows as given": lambda x, y, c, a, **k: F.centroid_triplet(x, c, OWN, normalize=False, **k),
     "ProxyNCA": lambda x, y, c, a, **k: F.proxy_nca(x, c, OWN, smoothing=0.1, **k),
     "ProxyAnchor": lambda x, y, c, a, **k: F.proxy_anchor(x, c, OWN, **k),
+    "PatchMix": lambda x, y, c, a, **k: patch_mix(x, y, a, **k),
+    "NCE": lambda x, y, c, a, **k: F.nce(x, y, 2 * OWN, NOISE, temperature=a, Z=30.0, **k),
+    "NPID": lambda x, y, c, a, **k: npid(x, y, **k),
+    "NCEAverage": lambda x, y, c, a, **k: nce_average(x, y, **k),
 }
 
 

@@ -23,7 +23,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastret.kernels.triton import config, masked_lse, pair_dot, pairs, rank_sums, row_extrema, soft_assign
+from fastret.kernels.triton import (
+    config,
+    masked_lse,
+    pair_dot,
+    pairs,
+    patchmix,
+    rank_sums,
+    row_extrema,
+    sampled_dot,
+    soft_assign,
+    update_rows,
+)
 
 Choices = Callable[..., tuple[config.Options, ...]]
 
@@ -38,9 +49,12 @@ SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 99, "gfx942": 64}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 # Kernel arguments by type, where a variant does not say: the rest point to numbers in the dtype of accumulation.
-IN_ROW_DTYPE = ("x", "y", "u", "v", "logits", "soft", "grad_soft", "grad_hard", "d_rows", "weights")
-INT64 = ("start", "size", "first", "self_slot", "row", "column", "partner", "index", "codes")
-INT32 = ("n", "m", "width", "pairs", "first_column", "books", "words")
+IN_ROW_DTYPE = ("x", "y", "u", "v", "bank", "logits", "soft", "grad_soft", "grad_hard", "d_rows", "weights")
+INT64 = ("start", "size", "first", "self_slot", "row", "column", "partner", "index", "codes", "seed")
+INT32 = (
+    *("n", "m", "width", "pairs", "first_column", "books", "words"),
+    *("blocks", "count", "batch", "pieces", "down"),
+)
 
 
 class Variant(NamedTuple):
@@ -69,7 +83,7 @@ def variants(architecture: str, dtype: str, thorough: bool) -> list[Variant]:
     choices = functools.partial(config.choices, architecture=architecture, itemsize=ITEMSIZE[dtype])
     of_ops = (
         *(rank_sums_variants, masked_lse_variants, pair_sums_variants, row_extrema_variants, pair_dot_variants),
-        soft_assign_variants,
+        *(soft_assign_variants, sampled_dot_variants, patchmix_variants, update_rows_variants),
     )
     found = [variant for of_op in of_ops for variant in of_op(choices, dtype)]
     if dtype == "fp32":
@@ -247,6 +261,57 @@ def soft_assign_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
             if kernel is words:
                 used = {"logits": None, "dcodebook": None, "grad_soft": None, "mean_slope": None, **no_sums, **alone}
                 yield Variant(kernel, {**launch, **plain}, "usage", used, True)
+
+
+def sampled_dot_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """Drawn, and listed; rows of an odd width between others; rows of float32 and a bank of half precision."""
+    drawn, listed = {"size": "i32", "index": None}, {"size": "i32", "first": None, "seed": None}
+    narrow = {"x": accumulated(dtype), **drawn}
+    for options in choices("sampled scores"):
+        launch = {**options, "WIDTH": 512, "STRIDE": 512}
+        yield Variant(sampled_dot.sampled_scores_kernel, launch, "drawn", drawn)
+        yield Variant(
+            sampled_dot.sampled_scores_kernel, {**launch, "WIDTH": 101, "STRIDE": 103}, "listed", listed, True
+        )
+        yield Variant(sampled_dot.sampled_scores_kernel, {**launch, "WIDTH": 128, "STRIDE": 128}, "mixed", narrow, True)
+        columns = {"BLOCK_S": options["BLOCK_S"], "num_warps": options["num_warps"]}
+        yield Variant(
+            sampled_dot.sampled_columns_kernel, columns, "drawn", {**drawn, "columns": "*i32"}, dtype != "fp32"
+        )
+    for options in choices("sampled gradient"):
+        launch = {**options, "WIDTH": 512, "STRIDE": 512}
+        yield Variant(sampled_dot.sampled_row_gradient_kernel, launch, "drawn", drawn)
+        odd = {**launch, "WIDTH": 101, "STRIDE": 103}
+        yield Variant(sampled_dot.sampled_row_gradient_kernel, odd, "listed", listed, True)
+
+
+def patchmix_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """Patches of 16 and of 14 pixels, and of a sequence, in words of 8 bytes, or of those of the dtype where odd."""
+    sequence = {"LINES": 1, "ACROSS": 1}
+    for word, words, shape, rare in (
+        (8, 16 * ITEMSIZE[dtype] // 8, {"LINES": 16, "ACROSS": 14}, dtype != "fp32"),
+        (ITEMSIZE[dtype], 15, {"LINES": 15, "ACROSS": 14}, True),
+        (8, 768 * ITEMSIZE[dtype] // 8, sequence, True),
+        (1, 1, sequence, True),
+    ):
+        for options in choices("patchmix", itemsize=word):
+            width = min(options["BLOCK_W"], triton.next_power_of_2(words))
+            tile = {"BLOCK_W": width, "BLOCK_P": options["BLOCK_P"] * options["BLOCK_W"] // width}
+            pointers = dict.fromkeys(("x", "out"), f"*i{8 * word}") | {"groups": "*i64"}
+            launch = {**options, **tile, **shape, "WORDS": words}
+            yield Variant(patchmix.patchmix_kernel, launch, f"{word}-byte words", pointers, rare)
+
+
+def update_rows_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """Each of the ways with duplicates, rows in one tile and in several; x in the dtype of accumulation."""
+    for duplicates, width, rare in (("mean", 1500, False), ("last", 128, True), ("first", 37, True)):
+        for options in choices("update rows"):
+            tile = min(options["BLOCK_D"], triton.next_power_of_2(width))
+            shape = {"WIDTH": width, "STRIDE": width, "STEP": 1, "BLOCK_D": tile}
+            given = {"x": accumulated(dtype), "ordered": "*i64", "order": "*i64"}
+            launch = {**options, **shape, "KEEPS": True, "NORMALIZE": True}
+            duplicated = {**given, "DUPLICATES": tl.constexpr(duplicates)}
+            yield Variant(update_rows.update_rows_kernel, launch, duplicates, duplicated, rare)
 
 
 def described(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any]) -> Any:

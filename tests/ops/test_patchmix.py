@@ -81,8 +81,9 @@ def test_gradient_goes_back_where_each_patch_came_from(impl: str, shape: tuple[i
     def mix(a: Tensor, impl: str = impl) -> Tensor:
         return patchmix(a, patch, 3, permutation=permutation, impl=impl)
 
-    assert torch.autograd.gradcheck(mix, x)
-    assert torch.autograd.gradgradcheck(mix, x)
+    fast = impl == "triton"  # where it is interpreted, every element takes minutes
+    assert torch.autograd.gradcheck(mix, x, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(mix, x, fast_mode=fast)
     # a gather that takes every element once: its transpose is its inverse
     (back,) = torch.autograd.grad(mix(x), x, mix(x).detach())
     assert torch.equal(back, x)

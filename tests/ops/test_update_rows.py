@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastret.backends import registry
+from fastret.backends.registry import Call
 from fastret.ops import update_rows_
 
 F64 = torch.float64
+IMPLS = [
+    impl
+    for impl in ("reference", "tiled", "cpu")
+    if registry.IMPLEMENTATIONS[impl].unsupported(Call("update_rows", "cpu", F64)) is None
+]
 
 
 def by_loops(bank: Tensor, index: Tensor, x: Tensor, momentum: float, convention: str, duplicates: str) -> Tensor:
@@ -31,7 +38,10 @@ def test_equals_a_loop(duplicates: str, convention: str, momentum: float, intege
     bank, x = torch.randn(11, 5, dtype=F64), torch.randn(30, 5, dtype=F64)
     index = torch.randint(0, 9, (30,)).to(integers)
     expected = by_loops(bank, index, x, momentum, convention, duplicates)
-    result = update_rows_(bank, index, x, momentum=momentum, convention=convention, duplicates=duplicates)
+    rule = {"momentum": momentum, "convention": convention, "duplicates": duplicates}
+    for impl in IMPLS:
+        torch.testing.assert_close(update_rows_(bank.clone(), index, x, **rule, impl=impl), expected)
+    result = update_rows_(bank, index, x, **rule)
     assert result is bank
     torch.testing.assert_close(bank, expected)
 
@@ -86,6 +96,21 @@ def test_an_index_of_a_dtype_that_does_not_hold_the_number_of_rows(dtype: torch.
             update_rows_(bank, torch.tensor([100, wrong], dtype=torch.int8), x)
     with pytest.raises(ValueError, match="index: expected numbers from 0 to 127, got 200"):
         update_rows_(bank[:128], torch.tensor([100, 200], dtype=torch.uint8), x)
+
+
+def test_where_pytorch_takes_no_means() -> None:
+    tiled = registry.IMPLEMENTATIONS["tiled"]
+    assert tiled.unsupported(Call("update_rows", "mps", torch.float32)) is None
+    assert "segment_reduce" in str(tiled.unsupported(Call("update_rows", "mps", torch.float32, ("mean",))))
+
+
+def test_inference_mode() -> None:
+    bank, x, index = torch.randn(4, 3), torch.randn(2, 3), torch.tensor([3, 1])
+    expected = update_rows_(bank.clone(), index, x)
+    with torch.inference_mode():
+        assert torch.equal(update_rows_(bank.clone(), index, x), expected)
+        update_rows_(bank, index, x)
+    assert torch.equal(bank, expected)
 
 
 M, X, I = torch.randn(4, 3), torch.randn(2, 3), torch.tensor([0, 1])  # noqa: E741
