@@ -28,7 +28,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 N, M, WIDTH, WIDE, WORDS = (260, 301, 72, 600, 150) if ON_GPU else (20, 21, 9, 40, 21)
 CLASSES, EACH, BOOKS = 5, 4, 2
-KERNELS = ("triton", "cuda")  # implementations with kernels of their own, in the order "auto" would rather not know
+KERNELS = ("triton", "cuda")  # implementations with kernels of their own
 
 Leaves = Callable[[], list[Tensor]]
 Results = tuple[Tensor, ...]
@@ -53,7 +53,9 @@ PLACES = numbers(N, M, seed=3)
 NOISE = numbers(N * 7, M, seed=4).view(N, 7)
 CODES = numbers(M * BOOKS, WORDS, seed=5).view(M, BOOKS).int()
 ORDER = torch.randperm(16, generator=torch.Generator().manual_seed(6)).to(DEVICE)
-LISTED = Listed((torch.arange(N + 1) * 2).to(DEVICE), numbers(2 * N, M, seed=7), torch.rand(2 * N).to(DEVICE))
+LISTED = Listed(
+    (torch.arange(N + 1) * 2).to(DEVICE), numbers(2 * N, M, seed=7), rows(2 * N, 1, seed=8)[:, 0].abs().float()
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Case:
         learned: how many of the leaves, from the first on, receive gradients; 0: the op has none.
         options: of ``registry.Call``.
         waits: a size depends on values, which costs CUDA one synchronisation: neither captured nor traced.
-        selects: scores choose pairs, so that scores of TF32 rows may choose others.
+        selects: scores choose pairs or words, so that scores of TF32 rows may choose others.
         copies: results are input values, bit for bit, at any precision.
     """
 
@@ -236,7 +238,11 @@ CASES: dict[str, Case] = {
         lambda x, y, impl: F.soft_target_info_nce(x, y, _soft_targets(x), impl=impl),
     ),
     "SoftPQ": Case(
-        "soft_assign", subspaces, lambda x, c, impl: F.soft_pq(x, c, 0.3, hard="straight-through", impl=impl), learned=2
+        "soft_assign",
+        subspaces,
+        lambda x, c, impl: F.soft_pq(x, c, 0.3, hard="straight-through", impl=impl),
+        learned=2,
+        selects=True,
     ),
     "NCE": Case("sampled_dot", two, lambda x, y, impl: F.nce(x, y / 8, PLACES, NOISE, Z=3.0 * M, impl=impl)),
 }
