@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command_line
-from benchmarks import gpu, kernels, memory, registry, report, run
+from benchmarks import gpu, kernels, memory, registry, report, run, timing
 from benchmarks.conditions import NOT_TIMED
 from benchmarks.gpu import FLOORS, Floor
 from benchmarks.ops import clip, smooth_ap
@@ -97,6 +97,34 @@ def test_time_of_each_kernel() -> None:
     found = kernels.summed([("a", 1.0), ("b", 5.0), ("a", 3.0), ("b", 5.0)], steps=2)
     assert found == [kernels.Kernel("b", 1, 5.0), kernels.Kernel("a", 1, 2.0)]
     assert kernels.Profile("task", "fastret-triton", found).lines()[0] == ("task, fastret-triton: 7.0 us in 2 launches")
+
+
+def test_time_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is overwritten before the first event, and nothing but the call is between the two."""
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("event")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, end: object) -> float:
+            return 20.0
+
+    class Filler:
+        def zero_(self) -> None:
+            said.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "_cache_filler", Filler)
+    assert timing._seconds(lambda: said.append("call"), "cuda") == 0.02
+    assert said == ["flush", "event", "call", "event", "wait"]
 
 
 def test_memory_of_prepared_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
