@@ -6,6 +6,7 @@ more than rounding is not considered. Then each op's implementations are timed a
 into a table in the user's cache folder (kernels/triton/tuned.py), which every later process reads.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,7 @@ def _tuned(
 ) -> tuple[Options, float, float]:
     """The options found, the default's time and theirs."""
     times: list[float] = []
+    cannot_run = _errors_of_configurations()
     expected: tuple[Tensor, ...] | None = None
 
     def milliseconds(candidate: Options) -> float:
@@ -190,12 +192,21 @@ def _tuned(
                     expected = got
                 agrees = all(map(_close, got, expected, [tolerance] * len(got)))
                 times.append(timer(lambda: call("triton")) if agrees else math.inf)
-            except (RuntimeError, torch.OutOfMemoryError):  # more shared memory or registers than there are
+            except cannot_run:
                 times.append(math.inf)
         return times[-1]
 
     found, fastest = search(kind, options, milliseconds)
     return found, times[0], fastest
+
+
+def _errors_of_configurations() -> tuple[type[Exception], ...]:
+    """What a configuration raises that takes more shared memory, registers or memory than there are."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
 
 
 def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:

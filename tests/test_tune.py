@@ -142,7 +142,8 @@ def test_an_entry_is_overridden_while_it_is_measured() -> None:
 
 
 def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call returns what depends on the options: those with 4 warps are fast and wrong."""
+    """Those with 4 warps are fast and wrong, those with 3 stages do not fit."""
+    errors = pytest.importorskip("triton.runtime.errors")
     device = torch.device("cpu")
     monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(config, "choices", lambda kind, architecture, itemsize: (START,))
@@ -152,7 +153,10 @@ def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> No
 
     def call(impl: str) -> tuple[Tensor, ...]:
         running.append(impl)
-        warps = config.lookup("lse", device, torch.float32)["num_warps"]
+        options = config.lookup("lse", device, torch.float32)
+        warps = options["num_warps"]
+        if options["num_stages"] == 3:
+            raise errors.OutOfResources(300, 200, "shared memory")
         return (torch.tensor([1.0, float(warps == 4)]),)
 
     def timer(run: Callable[[], object]) -> float:

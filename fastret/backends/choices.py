@@ -5,11 +5,13 @@ serve a call, the next one does. What ``fastret tune`` measured on this machine'
 tuned.py). One order serves all sizes until a measurement shows that sizes differ.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from fastret.kernels.triton import tuned
+from fastret.kernels.triton.config import architecture
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ ON_CUDA: dict[str, Choice] = {
 }
 
 
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() > 0
+
+
 def measured_here(op: str) -> tuple[str, ...]:
     """The order that ``fastret tune`` measured for an op on the current GPU; empty where it did not."""
-    if not torch.cuda.is_available() or not torch.cuda.device_count():
+    if not _has_gpu():
         return ()
-    from fastret.kernels.triton.config import architecture
-
     device = torch.device("cuda", torch.cuda.current_device())
     table = tuned.of_device(device, architecture(device))
     return () if table is None else tuple(table.order.get(op, ()))

@@ -79,11 +79,16 @@ def source_hash() -> str:
 
 def key(device: str, architecture: str) -> Key:
     """Of this process."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    return Key(device, architecture, version, source_hash())
+    return Key(device, architecture, _triton_version(), source_hash())
+
+
+def _triton_version() -> str:
+    for package in ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "none"
 
 
 def save(table: Table) -> Path:
