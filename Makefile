@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Torch's threads would otherwise spin while they wait, and slow whatever shares the machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo example test lint clean
+.PHONY: demo example test gpu lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -21,6 +21,10 @@ example: $(VENV)/.demo
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+# In $(PYTHON) itself, which has torch with CUDA, triton and pytest: such a machine may have no network.
+gpu:
+	PYTHON=$(PYTHON) scripts/gpu_check.sh
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,13 +1,19 @@
-"""Command line: ``python -m benchmarks list | run OP | table OP | plot OP | compare OP``."""
+"""Command line: ``python -m benchmarks list | run OP | table OP | plot OP | compare OP | floors | kernels``."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from benchmarks import history, registry, report
+from benchmarks import history, kernels, registry, report
+from benchmarks.conditions import NOT_TIMED
+from benchmarks.gpu import FLOORS, Floor, over_floor
 from benchmarks.plot import plot
+from benchmarks.registry import Op
 from benchmarks.run import Options, Run, run
 
 
@@ -22,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--no-memory", action="store_true", help="time only")
     running.add_argument("--no-save", action="store_true", help="print only")
     running.add_argument("--threads", type=int, help="default: torch's")
+    running.add_argument("--output", type=Path, help="folder for the figures, in place of benchmarks/")
     running.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
     for name, text in (
         ("table", "the latest run as a markdown table"),
@@ -33,14 +40,26 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         if name != "list":
             command.add_argument("op", choices=registry.names())
+            command.add_argument("--dtype", choices=registry.DTYPES, default="float32", help="of the inputs")
+    floors = commands.add_parser("floors", help="on a GPU: tasks whose least time was counted, and what they take")
+    floors.add_argument("--budget", type=float, default=0.5, help="seconds of timing a variant (default 0.5)")
+    floors.add_argument("--slow", action="store_true", help="those instead that take many seconds to set up and check")
+    by_kernel = commands.add_parser("kernels", help="on a GPU: the time of each kernel of those tasks")
+    for command in (floors, by_kernel):
+        command.add_argument("--output", type=Path, help="folder for a JSON of the figures")
     return parser
 
 
+def _op(arguments: argparse.Namespace) -> Op:
+    return registry.in_dtype(registry.load(arguments.op), registry.DTYPES[arguments.dtype])
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    op = registry.load(arguments.op)
+    op = _op(arguments)
+    _check_device(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    names = arguments.variants or [variant.name for variant in op.variants]
+    names = arguments.variants or [v.name for v in op.variants if v.missing(arguments.device) != NOT_TIMED]
     done = run(
         op,
         Options(
@@ -56,9 +75,60 @@ def _run(arguments: argparse.Namespace) -> int:
         print(report.table(op, done.records()))
         if done.figures:
             print(f"\n{report.figures_text(done.figures)}")
-        if not arguments.no_save:
+        if arguments.output is not None:
+            print(f"\nsaved: {_save(done, arguments.output)}", file=sys.stderr)
+        elif not arguments.no_save:
             print(f"\nsaved: {history.HISTORY.name}, {history.RESULTS.name}/{done.save().name}", file=sys.stderr)
     return _print_refusals(done)
+
+
+def _save(done: Run, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return done.save(folder / history.HISTORY.name, folder)
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: there is no CUDA device here")
+
+
+def _floors(arguments: argparse.Namespace) -> int:
+    """Every task, from the quickest on: a line for each variant as soon as it is measured."""
+    _check_device("cuda")
+    print("| task | variant | ms | counted floor | measured / floor | peak MiB |\n|---|---|---:|---:|---:|---:|")
+    wrong = False
+    for floor in FLOORS:
+        if floor.slow != arguments.slow:
+            continue
+        op = floor.load()
+        names = tuple(variant.name for variant in op.variants)
+        done = run(op, Options(op.sizes, names, budget=arguments.budget, device="cuda"))
+        print("\n".join(floor_lines(floor, done)), flush=True)
+        if arguments.output is not None:
+            _save(done, arguments.output)
+        wrong |= bool(_print_refusals(done))
+    return int(wrong)
+
+
+def floor_lines(floor: Floor, done: Run) -> list[str]:
+    """Of a table: a task's variants."""
+    task = f"{done.op} {history.size_text(floor.size)}"
+    counted = floor.note if floor.milliseconds is None else f"{floor.milliseconds:g} ms"
+    return [
+        f"| {task} | {m.variant} | {report.number(m.timing.median)} | {counted} | {over_floor(m.timing.median, floor)} "
+        f"| {'-' if m.memory is None else report.mebibytes(m.memory.extra)} |"
+        for m in done.measurements
+    ]
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    _check_device("cuda")
+    found = [kernels.profile(floor) for floor in FLOORS if not floor.slow]
+    print("\n".join(line for task in found for line in task.lines()))
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "kernels.json").write_text(json.dumps([asdict(task) for task in found], indent=1) + "\n")
+    return 0
 
 
 def _print_refusals(done: Run) -> int:
@@ -76,13 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "list":
             print(report.listing(map(registry.load, registry.names()), arguments.device))
             return 0
-        if arguments.command == "run":
-            return _run(arguments)
-        op = registry.load(arguments.op)
+        if arguments.command in ("run", "floors", "kernels"):
+            return {"run": _run, "floors": _floors, "kernels": _kernels}[arguments.command](arguments)
+        op = _op(arguments)
         on_cpu = arguments.device == "cpu"
         records = [record for record in history.read(op.name) if (record.device == "cpu") == on_cpu]
         if arguments.command == "plot":
-            path = history.RESULTS / (f"{op.name}.png" if on_cpu else f"{op.name}-{arguments.device}.png")
+            name = op.name.replace(" ", "-")
+            path = history.RESULTS / (f"{name}.png" if on_cpu else f"{name}-{arguments.device}.png")
             plot(op, records, path)
             print(f"written: {history.RESULTS.name}/{path.name}")
         else:

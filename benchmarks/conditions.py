@@ -9,12 +9,25 @@ import torch
 from benchmarks.registry import Size
 from fastret.backends.registry import IMPLEMENTATIONS, Call
 
+NOT_TIMED = "kernels for GPUs are timed on one"
+
 
 def needs(op: str, impl: str) -> Callable[[str], str | None]:
     """For an implementation of fastret that must serve a reduction in float32."""
 
     def missing(device: str) -> str | None:
         return IMPLEMENTATIONS[impl].unsupported(Call(op, device, torch.float32))
+
+    return missing
+
+
+def gpu_missing(op: str, impl: str) -> Callable[[str], str | None]:
+    """The same for kernels that are measured on a GPU only."""
+
+    def missing(device: str) -> str | None:
+        if device != "cuda":
+            return NOT_TIMED
+        return needs(op, impl)(device) if impl in IMPLEMENTATIONS else f"there is no implementation {impl}"
 
     return missing
 

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.conditions import inductor_missing, needs
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Size, Variant
 
 DENSE_LIMIT = 8192  # rows: a float32 matrix of scores has 256 MiB
@@ -47,6 +48,7 @@ def fastret_variants(loss: Callable[..., Tensor], tiled_limit: Callable[[Size], 
     """``loss(inputs, impl=...)`` by the implementations of fastret that serve masked_lse."""
     return (
         Variant("fastret-cpu", partial(loss, impl="cpu"), missing=cpu_missing),
+        *gpu_variants("masked_lse", lambda inputs, impl: loss(inputs, impl=impl)),
         Variant("fastret-tiled", partial(loss, impl="tiled"), unfit=tiled_limit),
     )
 

@@ -1,4 +1,5 @@
-"""Peak memory of one forward and backward, beyond its inputs, in a process of its own.
+"""Peak memory of one forward and backward, beyond its inputs: in a process of its own, or as PyTorch's allocator counts
+it on a GPU.
 
 ``python -m benchmarks.memory MODULE VARIANT SIZE [--device cpu] [--threads N] [--seed 0]`` prints one line of JSON.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.registry import Op, Result, Size, Variant, load_module
+from benchmarks.registry import DTYPES, Inputs, Op, Result, Size, Variant, in_dtype, load_module
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
@@ -53,6 +54,7 @@ def measure(op: Op, variant: Variant, size: Size, *, device: str, threads: int, 
     """
     command = [sys.executable, "-m", __name__, op.module, variant.name, json.dumps(size)]
     command += ["--device", device, "--threads", str(threads), "--seed", str(seed)]
+    command += ["--dtype", str(op.dtype).removeprefix("torch.")]
     environment = {**os.environ, **_RETURN_FREED_MEMORY}
     child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
@@ -66,6 +68,11 @@ def measure_here(op: Op, variant: Variant, size: Size, *, device: str, seed: int
     inputs = variant.prepare(op.inputs(size, seed, device))
     warm = variant.prepare(op.inputs(op.size(op.warm_up), seed, device))
     op.run(variant, warm)
+    return measure_inputs(op, variant, inputs, device=device)
+
+
+def measure_inputs(op: Op, variant: Variant, inputs: Inputs, *, device: str) -> Memory:
+    """Measures on inputs that are prepared, once code is loaded; on a CPU nothing else may have run before."""
     gc.collect()
     before = _start(device)
     result = op.run(variant, inputs)
@@ -112,9 +119,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    op = load_module(arguments.module)
+    op = in_dtype(load_module(arguments.module), DTYPES[arguments.dtype])
     variant = op.variant(arguments.variant)
     print(json.dumps(asdict(measure_here(op, variant, arguments.size, device=arguments.device, seed=arguments.seed))))
 

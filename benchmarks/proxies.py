@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.conditions import up_to
 from benchmarks.contrastive import cpu_missing
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Size, Variant
 
 BATCH = 256  # rows
@@ -40,6 +41,7 @@ def fastret_variants(loss: Callable[..., Tensor], unfit: Callable[[Size], str | 
     """``loss(inputs, impl=...)``; ``unfit`` of the tiles."""
     return (
         Variant("fastret-cpu", partial(loss, impl="cpu"), missing=cpu_missing),
+        *gpu_variants("masked_lse", lambda inputs, impl: loss(inputs, impl=impl)),
         Variant("fastret-tiled", partial(loss, impl="tiled"), unfit=unfit),
     )
 

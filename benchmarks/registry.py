@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,9 @@ from benchmarks import ops
 Size = dict[str, int]
 Inputs = dict[str, Tensor]
 Figures = dict[str, float | str]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALF_TOLERANCE = 0.05
 
 
 class Result(NamedTuple):
@@ -73,8 +76,9 @@ class Variant:
     note: str = ""
 
     def refusal(self, size: Size, device: str) -> str | None:
-        """Why it is not run at this size on this device type, or None."""
-        return self.missing(device) or self.unfit(size)
+        """Why it is not run at this size on this device type, or None. Sizes are unfit for a CPU; a GPU shows
+        itself what does not fit."""
+        return self.missing(device) or (self.unfit(size) if device == "cpu" else None)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Op:
         judged: of float64 inputs and a result, what is compared with the same of the definition's result; for results
             that may differ and be as good, such as indices.
         figures: what else there is to know of the inputs or of the results that all variants share, such as recall.
+        dtype: of floating inputs.
     """
 
     name: str
@@ -118,6 +123,7 @@ class Op:
     warm_up: int
     judged: Callable[[Inputs, Tensor], Tensor] = _itself
     figures: Callable[[Inputs], Figures] = _none
+    dtype: torch.dtype = torch.float32
 
     @property
     def passes(self) -> str:
@@ -129,7 +135,8 @@ class Op:
         return {**self.fixed, self.axis: value}
 
     def inputs(self, size: Size, seed: int, device: str) -> Inputs:
-        return {name: tensor.to(device) for name, tensor in self.setup(size, seed).items()}
+        given = self.setup(size, seed)
+        return {name: t.to(device, self.dtype if t.is_floating_point() else t.dtype) for name, t in given.items()}
 
     def variant(self, name: str) -> Variant:
         for variant in self.variants:
@@ -150,6 +157,21 @@ class Op:
         """One forward and backward of a variant on inputs prepared for it, in its setting."""
         with variant.setting():
             return self.step(variant.forward, inputs)
+
+
+def in_dtype(op: Op, dtype: torch.dtype) -> Op:
+    """The op with inputs of another dtype: an op of its own in tables and in the history. Dense forms in half precision
+    have scores of as few digits, which their losses show: errors up to HALF_TOLERANCE are no mistake there."""
+    if dtype == op.dtype:
+        return op
+    half = HALF_TOLERANCE if dtype.itemsize == 2 else 0.0
+    return replace(
+        op,
+        name=f"{op.name} {str(dtype).removeprefix('torch.')}",
+        dtype=dtype,
+        loss_tolerance=max(op.loss_tolerance, half),
+        gradient_tolerance=max(op.gradient_tolerance, half),
+    )
 
 
 def names() -> list[str]:

@@ -48,13 +48,15 @@ def table(op: Op, records: list[Record]) -> str:
         lines.append(f"| {variant.name} | " + " | ".join(_cell(cells, variant.name, v) for v in values) + " |")
     first = records[0]
     fixed = ", ".join(f"{name.upper()} = {value}" for name, value in op.fixed.items())
+    dtype = str(op.dtype).removeprefix("torch.")
     lines += [
         "",
-        f"{fixed}, float32; {machine(first)}; torch {first.torch}, fastret {first.fastret}, commit {first.commit}, "
+        f"{fixed}, {dtype}; {machine(first)}; torch {first.torch}, fastret {first.fastret}, commit {first.commit}, "
         f"{first.date[:10]}. Median time (times the first line of the same run) and peak memory beyond inputs and "
         f"{'gradients' if op.gradients else 'results'}.",
     ]
-    reasons = {v.name: {reason for n in values if (reason := v.unfit(op.size(n)))} for v in variants}
+    at = values if first.device == "cpu" else []
+    reasons = {v.name: {reason for n in at if (reason := v.unfit(op.size(n)))} for v in variants}
     notes = [(v.name, "; ".join(filter(None, (v.note, *sorted(reasons[v.name]))))) for v in variants]
     lines += [f"- {name}: {note}." for name, note in notes if note]
     return "\n".join(lines)

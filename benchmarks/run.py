@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from benchmarks import history, memory, provenance, timing
@@ -14,10 +15,11 @@ from benchmarks.check import Agreement, Checker
 from benchmarks.history import Record
 from benchmarks.memory import Memory
 from benchmarks.provenance import Provenance
-from benchmarks.registry import Figures, Op, Size, Variant
+from benchmarks.registry import Figures, Inputs, Op, Size, Variant
 from benchmarks.timing import Timing
 
 FLOOR = "floor"
+OUT_OF_MEMORY = "out of the GPU's memory"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Run:
         history.append(self.records(), path)
         results.mkdir(exist_ok=True)
         date = self.provenance.date.replace(":", "")
-        file = results / f"{date}-{self.provenance.commit}-{self.op}.json"
+        file = results / f"{date}-{self.provenance.commit}-{self.op.replace(' ', '-')}.json"
         file.write_text(json.dumps(asdict(self), indent=1) + "\n")
         return file
 
@@ -133,7 +135,12 @@ def _run_size(op: Op, size: Size, options: Options, result: Run) -> None:
         if (reason := variant.refusal(size, options.device)) is not None:
             result.refusals.append(Refusal(variant.name, size, reason))
             continue
-        agreement = checker.check(variant)
+        try:
+            agreement = checker.check(variant)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            result.refusals.append(Refusal(variant.name, size, OUT_OF_MEMORY))
+            continue
         if agreement.passed:
             agreements[variant.name] = agreement
         else:
@@ -145,8 +152,13 @@ def _run_size(op: Op, size: Size, options: Options, result: Run) -> None:
         return
     if figures := op.figures(inputs):
         result.figures[history.size_text(size)] = figures
-    variants = [op.variant(name) for name in agreements]
-    calls = {v.name: partial(op.run, v, v.prepare(inputs)) for v in variants}
+    prepared = {name: op.variant(name).prepare(inputs) for name in agreements}
+    for name in list(prepared):
+        if options.device == "cuda" and not _fits(op, op.variant(name), prepared[name]):
+            del prepared[name]
+            result.refusals.append(Refusal(name, size, OUT_OF_MEMORY))
+    variants = [op.variant(name) for name in prepared]
+    calls = {v.name: partial(op.run, v, prepared[v.name]) for v in variants}
     timings = timing.measure(
         {FLOOR: op.floor(inputs), **calls},
         budget=options.budget,
@@ -164,16 +176,28 @@ def _run_size(op: Op, size: Size, options: Options, result: Run) -> None:
                 agreements[variant.name],
                 timings[variant.name],
                 timings[FLOOR],
-                _memory(op, variant, size, options, result),
+                _memory(op, variant, size, prepared[variant.name], options, result),
                 isa,
                 gemm,
             )
         )
 
 
-def _memory(op: Op, variant: Variant, size: Size, options: Options, result: Run) -> Memory | None:
+def _fits(op: Op, variant: Variant, inputs: Inputs) -> bool:
+    """Whether a call on all inputs, of which the check may have had a part, finds enough memory."""
+    try:
+        op.run(variant, inputs)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
+def _memory(op: Op, variant: Variant, size: Size, prepared: Inputs, options: Options, result: Run) -> Memory | None:
     if not options.memory or memory.unsupported(options.device) is not None:
         return None
+    if options.device == "cuda":
+        return memory.measure_inputs(op, variant, prepared, device=options.device)
     try:
         return memory.measure(
             op,

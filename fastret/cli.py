@@ -1,4 +1,4 @@
-"""The command line: ``fastret info``, ``fastret train``, ``fastret eval``, ``fastret bench``."""
+"""The command line: ``fastret info``, ``fastret train``, ``fastret eval``, ``fastret tune``, ``fastret bench``."""
 
 import argparse
 import subprocess
@@ -20,6 +20,7 @@ from fastret.training.heap import keep_freed_memory
 from fastret.training.losses import LOSSES, Recipe
 from fastret.training.sources import SOURCES
 from fastret.training.spq import BITS
+from fastret.tune import DTYPES, WORKLOADS, tune_here
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -43,10 +44,11 @@ def _fail(message: object) -> int:
 def _parser() -> _Parser:
     parser = _Parser(prog="fastret", description="Image-retrieval losses without their huge tensors.")
     parser.add_argument("--version", action="version", version=f"fastret {fastret.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | train | eval | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | train | eval | tune | bench")
     commands.add_parser("info", help="print versions, devices and what serves each op")
     _add_train(commands.add_parser("train", help="train a small network and evaluate it on unseen classes"))
     _add_eval(commands.add_parser("eval", help="retrieval metrics of embeddings in .npy files"))
+    _add_tune(commands.add_parser("tune", help="measure the Triton kernels on this GPU and keep what is fastest"))
     commands.add_parser("bench", help="run the benchmarks of a checkout; takes their options", add_help=False)
     return parser
 
@@ -99,6 +101,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     add("--ks", f"recall at so many neighbours (default: {known}, as far as the gallery goes)", nargs="+", type=int)
     add("--output", "a .json to write the metrics to", type=Path)
     add("--threads", "CPU threads (default: as PyTorch has it)", type=int)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Takes many minutes: every configuration is compiled. Nothing but speed changes by it."
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of the rows (default: all)")
+    parser.add_argument("--kinds", nargs="+", choices=WORKLOADS, help="of kernels (default: all, and implementations)")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -157,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(arguments)
         if arguments.command == "eval":
             return _eval(arguments)
+        if arguments.command == "tune":
+            print(tune_here(arguments.dtypes, arguments.kinds))
+            return 0
         if arguments.command == "bench":
             return _bench(rest)
         print(fastret.env_report())

@@ -7,7 +7,7 @@ import platform
 import torch
 
 from fastret._version import __version__
-from fastret.backends import registry
+from fastret.backends import choices, registry
 
 OPS = (
     "rank_sums",
@@ -46,7 +46,8 @@ def _op_lines(op: str) -> list[str]:
         for impl in registry.candidates(call):
             reason = impl.unsupported(call)
             if reason is None:
-                lines.append(f"  {op} on {device}: {impl.name}")
+                why = f" ({choices.source(op)})" if device == "cuda" and torch.cuda.is_available() else ""
+                lines.append(f"  {op} on {device}: {impl.name}{why}")
                 break
             refused.append(f"    not {impl.name}: {reason}")
         lines.extend(refused)

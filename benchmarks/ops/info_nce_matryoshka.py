@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.backends.registry import IMPLEMENTATIONS, Call
 from fastret.functional import info_nce
@@ -123,6 +124,7 @@ OP = Op(
     variants=(
         Variant("fastret-cpu", partial(fastret, impl="cpu"), missing=_needs("cpu")),
         Variant("fastret-cpu, a call a width", partial(one_call_a_width, impl="cpu"), missing=_needs("cpu")),
+        *gpu_variants("masked_lse", fastret),
         Variant("fastret-tiled", partial(fastret, impl="tiled"), unfit=_up_to(TILED_LIMIT, "many seconds a call")),
         Variant("dense", dense, unfit=_up_to(DENSE_LIMIT, "two N x N matrices a width"), note="cross-entropy a width"),
     ),

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.conditions import needs
 from benchmarks.contrastive import products
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.retrieval import knn_classify
 
@@ -83,6 +84,7 @@ OP = Op(
     gradients=(),
     variants=(
         Variant("fastret-cpu", lambda inputs: fastret(inputs, "cpu"), missing=needs("topk", "cpu")),
+        *gpu_variants("topk", fastret),
         Variant("fastret-tiled", lambda inputs, impl="tiled": fastret(inputs, impl), unfit=small),
         Variant("dense", dense, unfit=small, note="matmul, topk and votes, a block of queries at a time"),
     ),

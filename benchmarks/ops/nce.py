@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 from benchmarks.conditions import needs
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.backends.sampling import Draws
 from fastret.functional import nce
@@ -109,6 +110,7 @@ OP = Op(
     gradients=("x",),
     variants=(
         Variant("fastret-cpu", lambda inputs: drawn(inputs, "cpu"), missing=needs("sampled_dot", "cpu")),
+        *gpu_variants("sampled_dot", drawn),
         Variant("fastret-tiled", lambda inputs, impl="tiled": drawn(inputs, impl)),
         Variant(
             "fastret-cpu listed",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conditions import needs
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.functional import patchmix
 
@@ -36,7 +37,7 @@ def five_copies(inputs: Inputs) -> Tensor:
     shuffled = patches[:, permutation]
     size = down * across // M
     groups = shuffled[:, : size * M].reshape(b * M, size, -1)
-    number = torch.arange(b * M)
+    number = torch.arange(b * M, device=x.device)
     moved = groups[(number + number % M * M) % (b * M)].reshape(b, M * size, -1)
     mixed = torch.cat([moved, shuffled[:, size * M :]], 1)[:, permutation.argsort()]
     return mixed.reshape(b, down, across, c, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
@@ -69,6 +70,7 @@ OP = Op(
     gradients=(),
     variants=(
         Variant("fastret-cpu", lambda inputs: fastret(inputs, "cpu"), missing=needs("patchmix", "cpu")),
+        *gpu_variants("patchmix", fastret),
         Variant("fastret-tiled", lambda inputs, impl="tiled": fastret(inputs, impl)),
         Variant("five copies", five_copies, note="the official code's steps"),
     ),

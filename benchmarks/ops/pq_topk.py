@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conditions import faiss_missing, needs
+from benchmarks.gpu import gpu_variants
 from benchmarks.ops import topk
 from benchmarks.registry import Figures, Inputs, Op, Size, Variant
 from fastret.ops import pq_topk
@@ -49,21 +50,21 @@ def vectors(count: int, width: int, generator: torch.Generator) -> Tensor:
 def setup(size: Size, seed: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     query, gallery = vectors(size["n"] + size["m"], size["d"], generator).split((size["n"], size["m"]))
-    index = PQIndex(codebook(gallery, generator))
+    index = PQIndex(codebook(gallery, size.get("books", BOOKS), generator))
     index.add(gallery)
     return {"query": query, "gallery": gallery, "codebook": index.codebook, "codes": index.codes}
 
 
-def codebook(gallery: Tensor, generator: torch.Generator) -> Tensor:
+def codebook(gallery: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """(M, K, L)"""
-    books = gallery.view(len(gallery), BOOKS, -1).transpose(0, 1)
+    books = gallery.view(len(gallery), count, -1).transpose(0, 1)
     if len(gallery) < FEWEST_A_WORD * WORDS or faiss_missing("cpu") is not None:
         return books[:, torch.randint(len(gallery), (WORDS,), generator=generator)]
     import faiss
 
-    quantizer = faiss.ProductQuantizer(gallery.shape[1], BOOKS, WORDS.bit_length() - 1)
+    quantizer = faiss.ProductQuantizer(gallery.shape[1], count, WORDS.bit_length() - 1)
     quantizer.train(gallery.numpy())
-    return torch.from_numpy(faiss.vector_to_array(quantizer.centroids).reshape(BOOKS, WORDS, -1))
+    return torch.from_numpy(faiss.vector_to_array(quantizer.centroids).reshape(count, WORDS, -1))
 
 
 def fastret(inputs: Inputs, impl: str) -> Tensor:
@@ -96,7 +97,8 @@ def stored(inputs: Inputs) -> Tensor:
     """(M, D)"""
     if "codes" not in inputs:
         return inputs["gallery"]
-    return inputs["codebook"][torch.arange(BOOKS), inputs["codes"].long()].flatten(1)
+    codebook = inputs["codebook"]
+    return codebook[torch.arange(len(codebook), device=codebook.device), inputs["codes"].long()].flatten(1)
 
 
 def figures(inputs: Inputs) -> Figures:
@@ -118,6 +120,7 @@ def op(name: str, module: str, n: int) -> Op:
         gradients=(),
         variants=(
             Variant("fastret-cpu", lambda inputs: fastret(inputs, "cpu"), missing=needs("pq_topk", "cpu")),
+            *gpu_variants("pq_topk", fastret),
             Variant("fastret-tiled", lambda inputs, impl="tiled": fastret(inputs, impl)),
             Variant(
                 "faiss",

@@ -57,7 +57,7 @@ def pml(inputs: Inputs) -> Tensor:
     count, width = inputs["proxies"].shape
     module = ProxyNCALoss(1, width, softmax_scale=SCALING**2)
     module.num_classes = count
-    module.proxy_labels = torch.arange(count)
+    module.proxy_labels = torch.arange(count, device=inputs["proxies"].device)
     del module.proxies
     module.proxies = inputs["proxies"]
     loss: Tensor = module(inputs["x"], inputs["labels"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.conditions import faiss_missing, needs
 from benchmarks.contrastive import products
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret import backend
 from fastret.retrieval import recall_at_k
@@ -39,7 +40,7 @@ def fastret(inputs: Inputs, impl: str) -> Tensor:
 
 def of_neighbours(inputs: Inputs, first: int, nearest: Tensor) -> Tensor:
     """(rows, len(ks)) whether rows from the first on find a match among so many nearest, which they may be in."""
-    labels, row = inputs["labels"], torch.arange(first, first + len(nearest))[:, None]
+    labels, row = inputs["labels"], torch.arange(first, first + len(nearest), device=nearest.device)[:, None]
     others = (nearest != row).cumsum(1)  # the rank of each, without the row itself
     match = (labels[nearest] == labels[row]) & (nearest != row)
     return torch.stack([(match & (others <= k)).any(1) for k in wanted(inputs)], 1)
@@ -97,6 +98,7 @@ OP = Op(
     gradients=(),
     variants=(
         Variant("fastret-cpu", lambda inputs: fastret(inputs, "cpu"), missing=needs("topk", "cpu")),
+        *gpu_variants("topk", fastret),
         Variant("fastret-tiled", lambda inputs, impl="tiled": fastret(inputs, impl)),
         Variant("dense", dense, note="matmul and topk, a block of rows at a time"),
         Variant("faiss", faiss_knn, missing=faiss_missing, note="faiss.knn of unit rows"),

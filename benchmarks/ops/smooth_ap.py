@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.conditions import needs, only_at, pml_missing, up_to
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.backends import cpu
 from fastret.functional import smooth_ap
@@ -145,10 +146,6 @@ def floor(inputs: Inputs) -> Callable[[], None]:
     return four_products
 
 
-def _triton_missing(device: str) -> str | None:
-    return needs("rank_sums", "triton")(device) if device == "cuda" else "Triton's interpreter is not for timing"
-
-
 def _isa_missing(device: str, *, isa: str) -> str | None:
     reason = _cpu_missing(device)
     if reason is not None:
@@ -199,7 +196,7 @@ OP = Op(
         Variant("fastret-cpu shuffled", _cpu, shuffled, _cpu_missing, note="rows of a class anywhere in the batch"),
         Variant("fastret-cpu gallery", _cpu, with_gallery, _cpu_missing, note="a gallery of N rows, both gradients"),
         *map(_isa_variant, ("avx2", "base")),
-        Variant("fastret-triton", partial(fastret, impl="triton"), missing=_triton_missing),
+        *gpu_variants("rank_sums", fastret),
         Variant("fastret-tiled", partial(fastret, impl="tiled"), unfit=up_to(TILED_LIMIT, "many seconds a call")),
         Variant("dense", dense, unfit=up_to(DENSE_LIMIT, CUBES), note="the official N x N x N formulation"),
         Variant(

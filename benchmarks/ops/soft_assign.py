@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.conditions import needs, up_to
 from benchmarks.contrastive import exact_sum
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.ops import soft_assign
 
@@ -97,6 +98,7 @@ OP = Op(
     gradients=("x", "codebook"),
     variants=(
         Variant("fastret-cpu", partial(fastret, impl="cpu"), missing=needs("soft_assign", "cpu")),
+        *gpu_variants("soft_assign", fastret),
         Variant("fastret-tiled", partial(fastret, impl="tiled")),
         Variant(
             "official",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conditions import faiss_missing, needs
+from benchmarks.gpu import gpu_variants
 from benchmarks.registry import Inputs, Op, Size, Variant
 from fastret.ops import topk
 
@@ -95,6 +96,7 @@ OP = Op(
             missing=needs("topk", "cpu"),
             note="the gallery in bfloat16",
         ),
+        *gpu_variants("topk", fastret),
         Variant("fastret-tiled", lambda inputs, impl="tiled": fastret(inputs, impl)),
         Variant("dense", dense, note="addmm and topk, a block of queries at a time"),
         Variant("faiss", faiss_knn, missing=faiss_missing, note="faiss.knn, which IndexFlatL2 is"),

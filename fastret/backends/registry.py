@@ -17,6 +17,8 @@ from types import ModuleType
 
 import torch
 
+from fastret.backends import choices
+
 AUTO = "auto"
 
 
@@ -89,7 +91,7 @@ class Implementation:
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# "auto" takes the first that serves the call, so the fastest stand first.
+# "auto" takes the first that serves the call, so the fastest stand first; on CUDA, choices.py has an order for each op.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     impl.name: impl
     for impl in (
@@ -133,11 +135,15 @@ def backend(name: str) -> Iterator[None]:
 
 def candidates(call: Call) -> list[Implementation]:
     """Implementations "auto" may pick for a call, fastest first, whether or not they can serve it."""
-    return [
+    found = [
         impl
         for impl in IMPLEMENTATIONS.values()
         if impl.automatic is not None and (not impl.automatic or call.device in impl.automatic)
     ]
+    if call.device == "cuda":
+        preferred = choices.order(call.op)
+        found.sort(key=lambda impl: preferred.index(impl.name) if impl.name in preferred else len(preferred))
+    return found
 
 
 def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None, options: tuple[str, ...] = ()) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastret.backends.pairs import Head, Indexed, Listed
 from fastret.backends.rows import accumulation_dtype, unit_rows
@@ -157,6 +156,8 @@ class ProxyLoss(nn.Module):
         """
         sums, counts = self._nothing()
         device = next((p.device for p in model.parameters()), self.proxies.device)
+        from tqdm import tqdm
+
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:

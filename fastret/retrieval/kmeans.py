@@ -21,16 +21,19 @@ k-means++ start from Arthur, Vassilvitskii, SODA 2007.
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastret import ops
 from fastret.backends.rows import accumulation_dtype, unit_rows
 from fastret.backends.selection import best
 from fastret.ops import checks
 from fastret.retrieval.search import BUDGET, bar, check_finite, serving
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 METRICS = ("l2", "cosine")
 INITS = ("random", "k-means++")

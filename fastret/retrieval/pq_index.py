@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastret import ops
@@ -183,6 +181,9 @@ class PQIndex:
         Raises:
             OSError: it cannot be written; naming the path.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no directory to save in", str(path.parent))
@@ -205,6 +206,8 @@ class PQIndex:
             OSError: the file cannot be read.
             ValueError: it is damaged, of another version, or something else; naming the path and what is wrong.
         """
+        from safetensors import safe_open
+
         path = Path(path)
         with path.open("rb"):  # its errors name the path
             pass
@@ -298,6 +301,8 @@ class PQIndex:
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Errors about a file's content name it."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except (SafetensorError, TypeError, ValueError) as error:

@@ -1,10 +1,10 @@
 """Exact nearest neighbours, a block of queries at a time."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastret import ops
 from fastret.backends import registry
@@ -12,6 +12,9 @@ from fastret.backends.pairs import Head, PairMask
 from fastret.backends.rows import poison
 from fastret.ops import checks
 from fastret.ops.heads import check_heads
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Products of one call, where rows allow: a bar that moves, and still many rows for the kernels.
 _PRODUCTS = 1 << 34
@@ -90,6 +93,8 @@ def rows_at_once(gallery: Tensor) -> int:
 
 def bar(total: int, what: str, unit: str, shown: bool) -> "tqdm[int]":
     """A bar for a person who has waited a little already."""
+    from tqdm import tqdm
+
     hidden = None if shown else True  # None: where nobody looks
     return tqdm(total=total, desc=what, unit=unit, delay=_PATIENCE, leave=False, disable=hidden)
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastret.training.checkpoint import load_checkpoint, save_checkpoint
 from fastret.training.evaluation import Scores
@@ -95,6 +94,8 @@ def _iterate(trainer: Trainer, before: Scores) -> None:
     def save() -> None:
         state: dict[str, Any] = {"options": asdict(options), "before": asdict(before), "trainer": trainer.state_dict()}
         save_checkpoint(options.folder(), state)
+
+    from tqdm import tqdm
 
     # A log is spared the many redraws of a terminal.
     bar = tqdm(

@@ -1,17 +1,21 @@
 """Tiles and launch options, by kind of kernel, bytes per element of the rows, and architecture.
 
 A table, not @triton.autotune: the same call does the same work in every process, and nothing is timed in a training
-step. The entries for half precision and float32 compile without register spills (tests/kernels/aot.py); none is timed
-yet. float32 products are IEEE unless PyTorch is told otherwise, and run on the ordinary arithmetic units, as float64's,
-hence their narrower tiles.
+step. What ``fastret tune`` measured on this machine's GPU takes the place of entries (tuned.py). The entries for half
+precision and float32 compile without register spills (tests/kernels/aot.py); none is timed yet. float32 products are
+IEEE unless PyTorch is told otherwise, and run on the ordinary arithmetic units, as float64's, hence their narrower
+tiles.
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 import torch
 
-Options = Mapping[str, int]
+from fastret.kernels.triton import tuned
+
+Options = tuned.Options
 
 
 def _options(warps: int, stages: int, **blocks: int) -> Options:
@@ -206,6 +210,21 @@ _INTERPRETED: dict[str, Options] = {
 _INTERPRETED_PROCESSORS = 8
 
 
+_overrides: dict[str, Options] = {}
+
+
+@contextlib.contextmanager
+def overriding(name: str, options: Options) -> Iterator[None]:
+    """Within the block, in any thread, an entry (``tuned.name``) is this one: for measuring it."""
+    before = dict(_overrides)
+    _overrides[name] = options
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
 @functools.cache
 def architecture(device: torch.device) -> str:
     """sm_90 or gfx942, for example; "interpreter" for the CPU."""
@@ -233,8 +252,19 @@ def choices(kind: str, architecture: str, itemsize: int, tf32: bool = False) -> 
 
 def lookup(kind: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Options:
     """Options of a kernel over rows of this dtype: with the smallest SLICE that holds the width, else the largest."""
-    found = choices(kind, architecture(device), dtype.itemsize, precision(dtype) == "tf32")
-    return next((options for options in found if options.get("SLICE", width) >= width), found[-1])
+    tf32 = precision(dtype) == "tf32"
+    found = choices(kind, architecture(device), dtype.itemsize, tf32)
+    if tf32 and (f"{kind} tf32", dtype.itemsize) in _TABLE:
+        kind = f"{kind} tf32"
+    if device.type != "cpu":
+        found = tuned.applied(tuned.of_device(device, architecture(device)), kind, dtype.itemsize, found)
+    options = next((options for options in found if options.get("SLICE", width) >= width), found[-1])
+    return _overrides.get(tuned.name(kind, dtype.itemsize, options), options) if _overrides else options
+
+
+def entries(architecture: str) -> list[tuple[str, int, Options]]:
+    """Kind, bytes per element and options of every entry for an architecture."""
+    return [(kind, itemsize, options) for kind, itemsize in _TABLE for options in choices(kind, architecture, itemsize)]
 
 
 def held(kind: str, device: torch.device, dtype: torch.dtype) -> int:

@@ -281,7 +281,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pyt
     def fails(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: disk full")
 
-    monkeypatch.setattr(pq_index, "save_file", fails)
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
     with pytest.raises(OSError, match=f"^{tmp_path / 'index'}: I/O error: disk full"):
         filled().save(tmp_path / "index")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -296,7 +296,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch:
         Path(file).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastret.retrieval.pq_index.save_file", fails)
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         filled().save(path)
     assert path.read_bytes() == before

@@ -144,7 +144,7 @@ def test_a_bar_shows_only_where_it_takes_long(monkeypatch: pytest.MonkeyPatch, c
         shown.append(options.pop("disable"))
         return tqdm(**options)
 
-    monkeypatch.setattr(search, "tqdm", watched)
+    monkeypatch.setattr("tqdm.tqdm", watched)
     topk(X, Y, 3)
     topk(X, Y, 3, progress=False)
     assert shown == [None, True]

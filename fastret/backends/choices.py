@@ -1,0 +1,85 @@
+"""Which implementation "auto" prefers on CUDA, op by op, and why.
+
+A preference is measured or counted, and ``source`` says which; where a preferred implementation is missing or cannot
+serve a call, the next one does. What ``fastret tune`` measured on this machine's GPU comes first (kernels/triton/
+tuned.py). One order serves all sizes until a measurement shows that sizes differ.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from fastret.kernels.triton import tuned
+from fastret.kernels.triton.config import architecture
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Attributes:
+    order: implementations, the preferred first; those it leaves out come after them, as the registry lists them.
+    source: where that is from: a result file under benchmarks/results, or what was counted.
+    """
+
+    order: tuple[str, ...]
+    source: str
+
+
+_TILES = Choice(
+    ("triton", "cuda"),
+    "counted: products of tiles, which tensor cores do at 660 TFLOP/s on an H100 where tiles fit their shapes; "
+    "not measured on a GPU yet",
+)
+_GATHERS = Choice(
+    ("cuda", "triton"),
+    "counted: rows read from anywhere, 16 bytes a thread; Triton's gathers keep fewer loads in flight; not measured on "
+    "a GPU yet",
+)
+_SELECTIONS = Choice(
+    ("cuda", "triton"),
+    "counted: queues of the best k in registers, which Triton has no means for; not measured on a GPU yet",
+)
+_COPIES = Choice(
+    ("triton", "cuda"),
+    "counted: one read and one write of every row whoever does it; not measured on a GPU yet",
+)
+
+ON_CUDA: dict[str, Choice] = {
+    "rank_sums": _TILES,
+    "masked_lse": _TILES,
+    "row_extrema": _TILES,
+    "pair_dot": _GATHERS,
+    "soft_assign": _TILES,
+    "sampled_dot": _GATHERS,
+    "topk": _SELECTIONS,
+    "pq_topk": _SELECTIONS,
+    "segment_mean": _COPIES,
+    "patchmix": _COPIES,
+}
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.device_count() > 0
+
+
+def measured_here(op: str) -> tuple[str, ...]:
+    """The order that ``fastret tune`` measured for an op on the current GPU; empty where it did not."""
+    if not _has_gpu():
+        return ()
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = tuned.of_device(device, architecture(device))
+    return () if table is None else tuple(table.order.get(op, ()))
+
+
+def order(op: str) -> tuple[str, ...]:
+    """Implementations on CUDA, the preferred first."""
+    counted = ON_CUDA[op].order if op in ON_CUDA else ()
+    return tuple(dict.fromkeys((*measured_here(op), *counted)))
+
+
+def source(op: str) -> str:
+    """Why that order."""
+    if measured_here(op):
+        return "measured on this GPU by fastret tune"
+    return ON_CUDA[op].source if op in ON_CUDA else "the order of the registry"

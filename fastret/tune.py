@@ -1,0 +1,245 @@
+"""``fastret tune``: measures configurations of the Triton kernels, and implementations, on this machine's GPU.
+
+For each entry of kernels/triton/config.py: from its default on, to the fastest of its neighbours (a block twice or half
+as large, other warps, other stages) as long as one is faster. A neighbour whose results differ from the default's by
+more than rounding is not considered. Then each op's implementations are timed against each other. What is found goes
+into a table in the user's cache folder (kernels/triton/tuned.py), which every later process reads.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastret import functional as F
+from fastret import ops
+from fastret.backends import registry
+from fastret.kernels.triton import config, tuned
+from fastret.kernels.triton.tuned import Options, Table
+
+LEAST_GAIN = 0.03  # by which a time has to fall: smaller differences are noise
+ROUNDS = 4
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+
+# Smallest and largest of what is varied. What is missing here is no matter of speed alone: SLICE and CHUNK.
+_RANGES = {
+    "BLOCK_M": (16, 256),
+    "BLOCK_N": (16, 256),
+    "BLOCK_K": (16, 128),
+    "BLOCK_P": (4, 64),
+    "num_warps": (2, 16),
+    "num_stages": (1, 5),
+}
+# Its tiles are square, and the same in every launch, so that thresholds meet the same scores.
+_SQUARE = ("lse heavy",)
+
+_ROWS = 4096
+
+Call = Callable[[str], tuple[Tensor, ...]]  # of the name of an implementation
+Timer = Callable[[Callable[[], object]], float]  # milliseconds
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call whose time shows how good the configuration of a kernel is.
+
+    Attributes:
+        op: whose implementations it may be run by.
+        make: from a dtype, a width and a device, the call.
+    """
+
+    op: str
+    make: Callable[[torch.dtype, int, torch.device], Call]
+
+
+def _rows(count: int, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(count, width, generator=generator, device=device).to(dtype)
+
+
+def _differentiated(loss: Callable[..., Tensor], *leaves: Tensor) -> Call:
+    def call(impl: str) -> tuple[Tensor, ...]:
+        learned = [leaf.detach().requires_grad_() for leaf in leaves]
+        value = loss(*learned, impl=impl)
+        return (value.detach(), *torch.autograd.grad(value.sum(), learned))
+
+    return call
+
+
+def _smooth_ap(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    labels = torch.arange(_ROWS, device=device) // 4
+    x = _rows(_ROWS, width, dtype, device)
+    return _differentiated(lambda x, impl: F.smooth_ap(x, labels, samples_per_class=4, impl=impl), x)
+
+
+def _info_nce(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x, y = (_rows(2 * _ROWS, width, dtype, device, seed) for seed in (0, 1))
+    return _differentiated(lambda x, y, impl: F.info_nce(x, y, impl=impl), x, y)
+
+
+def _info_nce_forward(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x, y = (_rows(2 * _ROWS, width, dtype, device, seed) for seed in (0, 1))
+    return lambda impl: (F.info_nce(x, y, impl=impl),)
+
+
+def _mined(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    labels = torch.arange(_ROWS, device=device) // 4
+    x = _rows(_ROWS, width, dtype, device)
+    return _differentiated(lambda x, impl: F.multi_similarity(x, labels, mining_margin=0.1, impl=impl), x)
+
+
+def _pairs(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x = _rows(_ROWS, width, dtype, device)
+    row = torch.arange(16 * _ROWS, device=device) % _ROWS
+    return _differentiated(lambda x, impl: ops.pair_dot(x, None, row, row.flip(0), impl=impl), x)
+
+
+def _assigned(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x = _rows(2 * _ROWS, 8 * width, dtype, device)
+    codebook = _rows(8 * 256, width, dtype, device, 1).view(8, 256, width)
+    return _differentiated(lambda x, codebook, impl: F.soft_pq(x, codebook, 0.5, impl=impl), x, codebook)
+
+
+# By the kind of kernel in config.py; a kind that has none here keeps its default, which is said.
+WORKLOADS: dict[str, Workload] = {
+    **dict.fromkeys(("scores", "sums", "gradient"), Workload("rank_sums", _smooth_ap)),
+    "lse": Workload("masked_lse", _info_nce_forward),
+    "lse gradient": Workload("masked_lse", _info_nce),
+    "lse heavy": Workload("row_extrema", _mined),
+    **dict.fromkeys(("pair scores", "pair gradient"), Workload("pair_dot", _pairs)),
+    **dict.fromkeys(("assign", "assign rows", "assign words"), Workload("soft_assign", _assigned)),
+}
+
+
+def neighbours(kind: str, options: Options) -> Iterator[dict[str, int]]:
+    """Options that differ in one of them."""
+    for option, value in options.items():
+        if option not in _RANGES or (kind in _SQUARE and option in ("BLOCK_M", "BLOCK_N")):
+            continue
+        least, most = _RANGES[option]
+        others = (value - 1, value + 1) if option == "num_stages" else (value // 2, value * 2)
+        yield from ({**options, option: other} for other in others if least <= other <= most)
+
+
+def search(kind: str, start: Options, milliseconds: Callable[[Options], float]) -> tuple[Options, float]:
+    """The fastest options a walk from ``start`` finds, and their time; infinite: they cannot run."""
+    best, fastest = start, milliseconds(start)
+    seen = [dict(start)]
+    for _ in range(ROUNDS):
+        center = best
+        for candidate in neighbours(kind, center):
+            if candidate in seen:
+                continue
+            seen.append(candidate)
+            time = milliseconds(candidate)
+            if time < fastest * (1 - LEAST_GAIN):
+                best, fastest = candidate, time
+        if best is center:
+            break
+    return best, fastest
+
+
+def tune(
+    device: torch.device,
+    timer: Timer,
+    *,
+    dtypes: Sequence[torch.dtype],
+    kinds: Sequence[str] | None = None,
+    report: Callable[[str], None] = print,
+) -> Table:
+    """Measures everything there is a workload for; ``report`` is told of each entry."""
+    architecture = config.architecture(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    table = Table(tuned.key(name, architecture))
+    for kind, itemsize, options in config.entries(architecture):
+        dtype = next((d for d in dtypes if d.itemsize == itemsize), None)
+        if dtype is None or (kinds is not None and kind not in kinds):
+            continue
+        if kind not in WORKLOADS:
+            report(f"{kind}: nothing to measure it with; it keeps its default")
+            continue
+        entry = tuned.name(kind, itemsize, options)
+        call = WORKLOADS[kind].make(dtype, options.get("SLICE", 128), device)
+        found, before, after = _tuned(kind, entry, options, call, timer, _TOLERANCE[dtype])
+        if found != options and math.isfinite(after):
+            table.options[entry] = dict(found)
+        report(f"{entry}: {before:.3f} ms by default, {after:.3f} ms with {dict(found)}")
+    for op, workload in {w.op: w for w in WORKLOADS.values()}.items():
+        if kinds is None:
+            table.order[op] = _order(op, workload, dtypes[0], device, timer)
+            report(f"{op}: {', '.join(table.order[op])}")
+    return table
+
+
+def _tuned(
+    kind: str, entry: str, options: Options, call: Call, timer: Timer, tolerance: float
+) -> tuple[Options, float, float]:
+    """The options found, the default's time and theirs."""
+    times: list[float] = []
+    cannot_run = _errors_of_configurations()
+    expected: tuple[Tensor, ...] | None = None
+
+    def milliseconds(candidate: Options) -> float:
+        nonlocal expected
+        with config.overriding(entry, candidate):
+            try:
+                got = call("triton")
+                if expected is None:
+                    expected = got
+                agrees = all(map(_close, got, expected, [tolerance] * len(got)))
+                times.append(timer(lambda: call("triton")) if agrees else math.inf)
+            except cannot_run:
+                times.append(math.inf)
+        return times[-1]
+
+    found, fastest = search(kind, options, milliseconds)
+    return found, times[0], fastest
+
+
+def _errors_of_configurations() -> tuple[type[Exception], ...]:
+    """What a configuration raises that takes more shared memory, registers or memory than there are."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
+
+
+def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    error = (got.double() - expected.double()).norm()
+    return bool(error <= tolerance * expected.double().norm().clamp_min(1e-12))
+
+
+def _order(op: str, workload: Workload, dtype: torch.dtype, device: torch.device, timer: Timer) -> list[str]:
+    """Implementations that "auto" may pick, the fastest first."""
+    request = registry.Call(op, device.type, dtype)
+    serving = [impl.name for impl in registry.candidates(request) if impl.unsupported(request) is None]
+    call = workload.make(dtype, 128, device)
+    return sorted(serving, key=lambda name: timer(lambda: call(name)))
+
+
+def median_of_runs(call: Callable[[], object]) -> float:
+    """Milliseconds on the GPU, by CUDA events, the L2 cache flushed before each run."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=20, rep=100, return_mode="median"))
+
+
+def tune_here(dtypes: Sequence[str] | None, kinds: Sequence[str] | None) -> str:
+    """Tunes the current GPU, saves, and says where.
+
+    Raises:
+        ValueError: there is no GPU, or a name is unknown.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("tune: no CUDA device here; kernels are measured on the GPU that will run them")
+    if (reason := registry.IMPLEMENTATIONS["triton"].missing()) is not None:
+        raise ValueError(f"tune: {reason}")
+    device = torch.device("cuda", torch.cuda.current_device())
+    chosen = [DTYPES[name] for name in dtypes or DTYPES]
+    table = tune(device, median_of_runs, dtypes=chosen, kinds=kinds)
+    return f"written: {tuned.save(table)}"

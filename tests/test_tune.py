@@ -1,0 +1,209 @@
+"""Tables of ``fastret tune``: how one is found, stored, read and refused; and what "auto" prefers on CUDA.
+
+Times come from a function of the options, not from a clock, and the device that is tuned is the interpreter's.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastret import cli, env, tune
+from fastret.backends import choices, registry
+from fastret.kernels.triton import config, tuned
+from fastret.kernels.triton.tuned import Key, Options, Table
+
+KEY = Key("A GPU, 80GB", "sm_90", "3.6.0", "abc")
+START = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FASTRET_TUNED", raising=False)
+    tuned.load.cache_clear()
+
+
+def distance_from(best: Options) -> Callable[[Options], float]:
+    """Time that grows with the distance from the best options, in steps of ``neighbours``."""
+    return lambda options: (
+        1 + sum(abs(options[k] - best[k]) if k == "num_stages" else abs(math.log2(options[k] / best[k])) for k in best)
+    )
+
+
+def test_a_walk_finds_the_fastest_options() -> None:
+    best = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+    found, time = tune.search("lse", START, distance_from(best))
+    assert time == 1
+    assert found == {**START, **best}
+
+
+def test_options_that_cannot_run_and_noise_change_nothing() -> None:
+    assert tune.search("lse", START, lambda options: math.inf) == (START, math.inf)
+    assert tune.search("lse", START, lambda options: 1 - 0.01 * (options != START)) == (START, 1)
+    found, time = tune.search("lse", START, lambda o: 2.0 if o["num_warps"] == 4 else math.inf)
+    assert (found["num_warps"], time) == (4, 2.0)
+
+
+def test_neighbours_keep_what_must_not_change() -> None:
+    heavy = list(tune.neighbours("lse heavy", {**START, "SLICE": 128, "CHUNK": 16}))
+    assert all(o["BLOCK_M"] == o["BLOCK_N"] == 64 and o["SLICE"] == 128 and o["CHUNK"] == 16 for o in heavy)
+    assert {o["num_stages"] for o in heavy} == {1, 2, 3}
+    smallest = [o["BLOCK_M"] for o in tune.neighbours("lse", {**START, "BLOCK_M": 16})]
+    assert min(smallest) == 16
+
+
+def test_workloads_are_of_kinds_that_there_are() -> None:
+    assert set(tune.WORKLOADS) <= {kind for kind, _, _ in config.entries("sm_90")}
+
+
+def test_a_table_is_read_back_and_takes_the_place_of_defaults() -> None:
+    (default,) = config.choices("lse", "sm_90", 2)
+    better = {**default, "BLOCK_M": 128}
+    tuned.save(Table(KEY, {tuned.name("lse", 2, default): better}, {"rank_sums": ["tiled", "triton"]}))
+    table = tuned.load(KEY)
+    assert table is not None
+    assert table.order == {"rank_sums": ["tiled", "triton"]}
+    assert tuned.applied(table, "lse", 2, (default,)) == (better,)
+    assert tuned.applied(table, "lse", 4, (default,)) == (default,)
+    assert tuned.applied(None, "lse", 2, (default,)) == (default,)
+    of_another_kernel = Table(KEY, {"lse/2": {"BLOCK_M": 64}})
+    assert tuned.applied(of_another_kernel, "lse", 2, (default,)) == (default,)
+
+
+def test_slices_have_entries_of_their_own() -> None:
+    defaults = config.choices("lse gradient", "sm_90", 2)
+    names = [tuned.name("lse gradient", 2, options) for options in defaults]
+    assert names == ["lse gradient/2/128", "lse gradient/2/256", "lse gradient/2/512"]
+    table = Table(KEY, {names[1]: {**defaults[1], "num_warps": 4}})
+    assert [o["num_warps"] for o in tuned.applied(table, "lse gradient", 2, defaults)] == [8, 4, 8]
+
+
+@pytest.mark.parametrize("part", ["device", "architecture", "triton", "source"])
+def test_a_table_of_something_else_is_ignored(part: str) -> None:
+    other = Key(**{**vars(KEY), part: "another"})
+    tuned.save(Table(KEY))
+    if part == "device":  # has another file
+        assert tuned.load(other) is None
+        return
+    with pytest.warns(UserWarning, match=f"is ignored, {part} changed since: run fastret tune again"):
+        assert tuned.load(other) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuned.load(other) is None  # said once
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"key": {"device": "x"}, "options": {}, "order": {}}',
+        {"options": {"lse/2": {"BLOCK_M": "64"}}},
+        {"options": {"lse/2": {"BLOCK_M": -64}}},
+        {"options": {"lse/2": {"BLOCK_M": 1 << 20}}},
+        {"order": {"rank_sums": "triton"}},
+    ],
+)
+def test_a_bad_file_is_ignored(content: str | dict[str, object]) -> None:
+    file = tuned.save(Table(KEY))
+    good = json.loads(file.read_text())
+    file.write_text(content if isinstance(content, str) else json.dumps({**good, **content}))
+    tuned.load.cache_clear()
+    with pytest.warns(UserWarning, match="is ignored, it is no table of fastret tune"):
+        assert tuned.load(KEY) is None
+
+
+def test_tables_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned.save(Table(KEY))
+    monkeypatch.setenv("FASTRET_TUNED", "0")
+    assert tuned.load(KEY) is None
+
+
+def test_the_source_of_kernels_is_part_of_the_key() -> None:
+    key = tuned.key("GPU", "sm_90")
+    assert key.source == tuned.source_hash()
+    assert len(key.source) == 16
+
+
+def test_an_entry_is_overridden_while_it_is_measured() -> None:
+    device, dtype = torch.device("cpu"), torch.float32
+    default = config.lookup("lse", device, dtype)
+    with config.overriding("lse/4", {**default, "BLOCK_M": 32}):
+        assert config.lookup("lse", device, dtype)["BLOCK_M"] == 32
+        assert config.lookup("lse", device, torch.float64) == default
+    assert config.lookup("lse", device, dtype) == default
+
+
+def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with 4 warps are fast and wrong, those with 3 stages do not fit."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    device = torch.device("cpu")
+    monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(config, "choices", lambda kind, architecture, itemsize: (START,))
+    monkeypatch.setattr(config, "entries", lambda architecture: [("lse", 4, START), ("new kind", 4, START)])
+    times = {"triton": 3.0, "tiled": 1.0}
+    running: list[str] = []
+
+    def call(impl: str) -> tuple[Tensor, ...]:
+        running.append(impl)
+        options = config.lookup("lse", device, torch.float32)
+        warps = options["num_warps"]
+        if options["num_stages"] == 3:
+            raise errors.OutOfResources(300, 200, "shared memory")
+        return (torch.tensor([1.0, float(warps == 4)]),)
+
+    def timer(run: Callable[[], object]) -> float:
+        run()
+        options = config.lookup("lse", device, torch.float32)
+        if options != START:
+            return 0.1 if options["num_warps"] == 4 else distance_from({"BLOCK_M": 128})(options)
+        return times.get(running[-1], 2.0)
+
+    monkeypatch.setattr(tune, "WORKLOADS", {"lse": tune.Workload("masked_lse", lambda *_: call)})
+    said: list[str] = []
+    table = tune.tune(device, timer, dtypes=[torch.float32], report=said.append)
+    assert table.options == {"lse/4": {**START, "BLOCK_M": 128}}
+    assert table.order["masked_lse"][0] == "tiled"
+    assert said[1].startswith("new kind: nothing to measure it with")
+
+
+def test_workloads_are_calls_that_every_implementation_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same each time, so that results of two configurations can be compared."""
+    monkeypatch.setattr(tune, "_ROWS", 16)
+    for make in {workload.make for workload in tune.WORKLOADS.values()}:
+        call = make(torch.float32, 16, torch.device("cpu"))
+        tiled = call("tiled")
+        assert all(t.isfinite().all() for t in tiled)
+        assert all(torch.equal(a, b) for a, b in zip(call("tiled"), tiled, strict=True))
+        assert all(tune._close(a, b, 1e-4) for a, b in zip(call("reference"), tiled, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune"]) == 2
+    assert capsys.readouterr().err.startswith("fastret: error: tune: no CUDA device here")
+
+
+def test_every_op_has_a_choice_with_its_reason() -> None:
+    assert set(choices.ON_CUDA) == set(env.OPS)
+    for choice in choices.ON_CUDA.values():
+        assert choice.source.startswith(("counted: ", "measured: "))
+        assert choice.source.startswith("measured") or choice.source.endswith("not measured on a GPU yet")
+
+
+def test_auto_follows_the_order_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = registry.Call("masked_lse", "cuda", torch.float32)
+    monkeypatch.setattr(choices, "measured_here", lambda op: ())
+    assert registry.candidates(call)[0].name == "triton"
+    monkeypatch.setattr(choices, "measured_here", lambda op: ("tiled", "of another release"))
+    assert registry.candidates(call)[0].name == "tiled"
+    assert choices.source("masked_lse") == "measured on this GPU by fastret tune"
+    on_cpu = registry.Call("masked_lse", "cpu", torch.float32)
+    assert registry.candidates(on_cpu)[0].name == "cpu"
