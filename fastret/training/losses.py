@@ -111,7 +111,7 @@ class TrainingLoss:
         recipe: the defaults of its options.
         official: what the official code, or pytorch-metric-learning, stores, in words.
         official_bytes: its peak for a batch of n rows.
-        official_at: the sizes that ``official`` speaks of, as a format of rows and classes.
+        official_at: the sizes that ``official`` speaks of, as a format of rows, images, classes, width and noise.
         least_samples: images of a class that a batch needs: 2 where positives are sought in the batch.
         most_samples: images of a class that a batch may have; None: any number.
         initialise: fits the loss to the untrained network's embeddings of all training images, before the first step.

@@ -63,6 +63,4 @@ def _accuracy(queries: Tensor, gallery: Tensor | None, data: RetrievalData) -> f
     return (classes[:, 0] == labels).to(torch.float64).mean().item()
 
 
-BY_NEIGHBOURS = Judge(
-    Neighbours, evaluate_neighbours, "Nearest neighbours of {images:,} images of {classes:,} classes", vote
-)
+BY_NEIGHBOURS = Judge(Neighbours, evaluate_neighbours, "Neighbours of {images:,} images", vote)

@@ -38,8 +38,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time spent in training steps, of that in the loss's forward and backward, before them in initialising it, and in
-    tests after epochs."""
+    """Time spent in training steps, of that in the loss's forward and backward; before them in initialising it; between
+    them in tests."""
 
     training: float
     loss: float
