@@ -19,13 +19,18 @@ Batch = tuple[Tensor, Tensor]
 
 
 class _Batches(Iterator[Batch]):
-    """Draws ``samples_per_class`` images of each of ``classes_per_batch`` classes, and changes them at random."""
+    """Draws ``samples_per_class`` images of each of ``classes_per_batch`` classes, and changes them at random.
+
+    Attributes:
+        images: of a batch, each counted once.
+    """
 
     def __init__(self, labels: Tensor, classes_per_batch: int, samples_per_class: int, seed: int) -> None:
         self.index = ClassBalancedBatches(
             labels, classes_per_batch, samples_per_class, generator=torch.Generator().manual_seed(seed)
         )
         self.changes = torch.Generator().manual_seed(seed)
+        self.images = classes_per_batch * samples_per_class
 
     def state_dict(self) -> dict[str, Any]:
         return {"index": self.index.state_dict(), "changes": self.changes.get_state()}

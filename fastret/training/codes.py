@@ -92,4 +92,6 @@ def _precision(found: Tensor, data: RetrievalData) -> float:
     return mean_average_precision_at_n(found, labels, rows, n=N)
 
 
-BY_CODE = Judge(CodeRetrieval, evaluate_codes, "mAP@1000 of {images:,} images by codes of {bits} bits", pixels)
+BY_CODE = Judge(
+    CodeRetrieval, evaluate_codes, "mAP@1000 of {images:,} images by codes of {bits} bits", yardsticks=pixels
+)

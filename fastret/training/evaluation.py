@@ -26,6 +26,10 @@ class Scores:
     def named(self) -> dict[str, float]:
         return {part.metadata["name"]: getattr(self, part.name) for part in fields(self)}
 
+    def first(self) -> float:
+        """The one that a curve follows."""
+        return next(iter(self.named().values()))
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -35,12 +39,14 @@ class Judge:
         scores: the type of what it finds.
         evaluate: finds it for a network, its loss and the data, on a device.
         title: of its figures, as a format of the queries' ``images`` and ``classes``.
+        after_epoch: finds the first of the scores alone, for a curve; None: there is none.
         yardsticks: what retrieval comes to without a network, by name; from the data and the bits of a code.
     """
 
     scores: type[Scores]
     evaluate: Callable[[nn.Module, nn.Module, RetrievalData, str], Scores]
     title: str
+    after_epoch: Callable[[nn.Module, nn.Module, RetrievalData, str], float] | None = None
     yardsticks: Callable[[RetrievalData, int | None], dict[str, float]] = lambda data, bits: {}
 
 

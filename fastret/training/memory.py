@@ -32,7 +32,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Job:
-    """A batch of ``rows`` embeddings, in blocks of one class."""
+    """A batch of ``rows`` embeddings, as the loss's entry draws them."""
 
     loss: str
     settings: LossSettings
@@ -65,20 +65,20 @@ def main() -> None:
 
 def _peak_here(job: Job) -> int:
     torch.set_num_threads(job.threads)
-    loss = training_loss(job.loss).build(job.settings).to(job.device)
+    entry = training_loss(job.loss)
+    loss = entry.build(job.settings).to(job.device)
     warm_up = min(WARM_UP_CLASSES, job.settings.classes)
-    group = job.settings.samples_per_class
     generator = torch.Generator().manual_seed(0)
 
-    def batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings = torch.randn(rows, job.settings.width, generator=generator).to(job.device).requires_grad_()
-        return embeddings, torch.arange(rows, device=job.device) // group
+    def batch(rows: int) -> list[torch.Tensor]:
+        drawn = entry.arguments(rows, job.settings, generator)
+        return [part.detach().to(job.device).requires_grad_(part.requires_grad) for part in drawn]
 
-    loss(*batch(warm_up * group)).backward()
+    loss(*batch(warm_up * job.settings.samples_per_class)).backward()
     loss.zero_grad()  # else the gradient of its parameters would be there already, and be added to
-    embeddings, labels = batch(job.rows)
+    arguments = batch(job.rows)
     before = _reset_peak(job.device)
-    loss(embeddings, labels).backward()
+    loss(*arguments).backward()
     return _peak(job.device) - before
 
 

@@ -1,4 +1,4 @@
-"""A small convolutional network that turns images into embeddings: the quickstart's, sized for a CPU.
+"""What a run trains, and the quickstart's: a small convolutional network to embeddings, sized for a CPU.
 
 Three times conv 3x3, BatchNorm, ReLU, max pooling (16, 32, 64 channels or a multiple), then a linear layer and a
 BatchNorm without affine parameters. That last one keeps every coordinate at unit variance over a batch: without it,
@@ -6,6 +6,7 @@ sharp losses (Smooth-AP at temperature 0.01-0.03) collapse in the first iteratio
 up.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,43 @@ GRID = 4  # cells a side left of an image: exact for 32 x 32, pooled from larger
 SMALLEST = 2**BLOCKS  # pixels a side; every block halves them
 
 
-class EmbeddingNet(nn.Module):
+class Network(nn.Module):
+    """What a run trains: a call gives what it is judged by, a row for each of (n, c, h, w) images.
+
+    Attributes:
+        width: of a row that goes into the loss.
+    """
+
+    width: int
+
+    def arguments(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """What the loss is called with for a batch to train on: the embeddings and their labels."""
+        return self(images), labels
+
+    def after_step(self) -> None:
+        """What follows each step of the optimizer: nothing."""
+
+
+@torch.no_grad()
+def learn_norms(model: nn.Module, images: Sequence[Tensor]) -> None:
+    """Tell the BatchNorms the statistics of all ``images``, in batches.
+
+    With those that they start with, embeddings would be of another length in evaluation than in training, and all of
+    about one direction.
+    """
+    device = next(model.parameters()).device
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+    for batch in images:
+        model(batch.to(device))
+    for norm, before in zip(norms, momentum, strict=True):
+        norm.momentum = before
+
+
+class EmbeddingNet(Network):
     """(n, channels, h, w) uint8 images to (n, dim) embeddings, not normalised.
 
     Args:
@@ -30,6 +67,7 @@ class EmbeddingNet(nn.Module):
 
     def __init__(self, channels: int, dim: int = 128, filters: int = 16) -> None:
         super().__init__()
+        self.width = dim
         blocks: list[nn.Module] = []
         widths = [filters * 2**block for block in range(BLOCKS)]
         for before, after in pairwise((channels, *widths)):

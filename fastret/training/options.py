@@ -9,20 +9,33 @@ from typing import Any
 
 import torch
 
-from fastret.ops.checks import check_positive
+from fastret.ops.checks import check_number, check_positive
 from fastret.training.losses import Recipe, training_loss
 from fastret.training.spq import BITS
 
 # Stands for a value of the loss's recipe, which takes its place when the options are made: nobody reads it from them.
 _AS_RECIPE: Any = None
 
+# Options that only some losses have, and what the others lack.
+PARTS = {
+    "temperature": "temperature",
+    "filters": "convolutions",
+    "proxy_lr": "proxies",
+    "bits": "codes",
+    "num_noise": "noise",
+    "momentum": "memory or key network",
+    "mix": "mixed images",
+    "patch_size": "patches",
+    "test_every": "test after an epoch",
+}
+COUNTS = ("filters", "num_noise", "mix", "patch_size", "test_every")
+
 
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of a run; equal ones give equal weights on the same machine with the same number of threads.
 
-    iterations, batch_classes, samples_per_class, temperature, filters, lr, proxy_lr and bits are by default as `Recipe`
-    has them for the loss.
+    What `Recipe` has, from iterations to test_every, is by default as it has it for the loss.
 
     Attributes:
         data: a name in `fastret.training.sources.SOURCES`, a directory with one folder of images a class, or an .npz of
@@ -34,10 +47,17 @@ class TrainOptions:
             is a class.
         samples_per_class: images of each class in a batch; without labels, views of each image.
         temperature: of the loss, in units of the cosine; None for a loss without one.
-        filters: channels of the network's first block; the other two have twice and four times as many.
+        filters: channels of the network's first block; the other two have twice and four times as many. None for a
+            network without convolutions.
         lr: AdamW's learning rate at the start; it falls to 0 along a cosine.
         proxy_lr: likewise, of the loss's own parameters, proxies or words of a codebook; None for a loss without any.
         bits: of an image's code; None for a loss without codes.
+        num_noise: images that each image is told from, drawn from all; None for a loss without noise.
+        momentum: share of what was there before, in the memory of an image or the key network; None for a loss without.
+        mix: images of which patches make a mixed one; None where none are mixed, and so
+        patch_size: side of such a patch, and of the tokens of the network, in pixels.
+        test_every: epochs, passes over the training images, between two tests; None for a loss that is tested only at
+            the end.
         seed: of the weights, the batches and the augmentation.
         checkpoint_every: iterations between two checkpoints.
         threads: CPU threads; None: as torch has it.
@@ -55,10 +75,15 @@ class TrainOptions:
     batch_classes: int = _AS_RECIPE
     samples_per_class: int = _AS_RECIPE
     temperature: float | None = None
-    filters: int = _AS_RECIPE
+    filters: int | None = None
     lr: float = _AS_RECIPE
     proxy_lr: float | None = None
     bits: int | None = None
+    num_noise: int | None = None
+    momentum: float | None = None
+    mix: int | None = None
+    patch_size: int | None = None
+    test_every: int | None = None
     seed: int = 0
     checkpoint_every: int = 50
     threads: int | None = None
@@ -74,11 +99,12 @@ class TrainOptions:
             "iterations": 1,
             "batch_classes": 2,
             "samples_per_class": loss.least_samples,
-            "filters": 1,
-            "checkpoint_every": 1,
+            **dict.fromkeys(("checkpoint_every", "threads", *COUNTS), 1),
         }
-        for name, smallest in (least if self.threads is None else {**least, "threads": 1}).items():
+        for name, smallest in least.items():
             value = getattr(self, name)
+            if value is None:
+                continue  # not given, and the loss has none
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
             if value < smallest:
@@ -86,12 +112,20 @@ class TrainOptions:
         if loss.most_samples is not None and self.samples_per_class > loss.most_samples:
             raise ValueError(f"samples_per_class: expected at most {loss.most_samples}, got {self.samples_per_class}")
         check_positive(self.lr, "lr")
-        for name, part in (("temperature", "temperature"), ("proxy_lr", "proxies"), ("bits", "codes")):
+        for name, part in PARTS.items():
             value = getattr(self, name)
             if value is not None and getattr(loss.recipe, name) is None:
                 raise ValueError(f"{name}: expected none, as {self.loss} has no {part}, got {value}")
-            if value is not None:
+            if value is not None and name != "momentum":
                 check_positive(value, name)
+        if self.momentum is not None:
+            check_number(self.momentum, "momentum")
+            if not 0 <= self.momentum <= 1:
+                raise ValueError(f"momentum: expected a number from 0 to 1, got {self.momentum}")
+        if self.mix is not None and self.batch_classes < 2 * self.mix - 1:
+            raise ValueError(
+                f"batch_classes: expected at least 2 mix - 1 = {2 * self.mix - 1}, got {self.batch_classes}"
+            )
         if self.bits is not None and self.bits not in BITS:
             raise ValueError(f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.device not in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""plot.png: the loss of every step, and retrieval of unseen images before and after; needs matplotlib."""
+"""plot.png: the loss of every step, what tests found, and retrieval before and after; needs matplotlib."""
 
 from pathlib import Path
 from textwrap import fill
@@ -23,8 +23,10 @@ def write_plot(report: Report, folder: Path) -> None:
         raise ImportError("the plot needs matplotlib: pip install 'fastret[plot]'") from error
 
     # A figure of its own, without pyplot: no display, no global state.
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, retrieval = figure.subplots(1, 2, width_ratios=(1, 1) if len(report.after.named()) > 3 else (3, 2))
+    figure = Figure(figsize=(14 if report.curve else 10, 4), layout="constrained")
+    left, right = (1, 1) if len(report.after.named()) > 3 else (3, 2)
+    widths = (left, left, right) if report.curve else (left, right)
+    loss, *tests, retrieval = figure.subplots(1, len(widths), width_ratios=widths)
 
     steps = range(1, len(report.history) + 1)
     loss.plot(steps, report.history, color=AFTER, linewidth=1.5, marker="o" if len(report.history) == 1 else None)
@@ -35,6 +37,13 @@ def write_plot(report: Report, folder: Path) -> None:
     loss.grid(which="major", alpha=0.3)
 
     names = list(report.after.named())
+    for curve in tests:
+        epochs = [point.epoch for point in report.curve]
+        curve.plot(epochs, [100 * point.share for point in report.curve], color=AFTER, marker="o", markersize=3)
+        curve.set_title(f"{names[0]} after so many epochs")
+        curve.set_xlabel("epoch")
+        curve.set_ylabel("%")
+        curve.grid(alpha=0.3)
     bars_of = ((-0.2, "untrained", BEFORE, report.before), (0.2, "trained", AFTER, report.after))
     for offset, label, color, found in bars_of:
         percent = [100 * share for share in found.named().values()]
@@ -52,6 +61,6 @@ def write_plot(report: Report, folder: Path) -> None:
     lines = max(name.count("\n") + 1 for name in shown)
     retrieval.set_xticks(range(len(names)), shown, fontsize="small")
     retrieval.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05 - 0.05 * lines), ncols=2, frameon=False)
-    for axes in (loss, retrieval):
+    for axes in (loss, *tests, retrieval):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / NAME, dpi=120)

@@ -16,6 +16,7 @@ from fastret.training.evaluation import Scores
 from fastret.training.losses import training_loss
 from fastret.training.memory import Peak
 from fastret.training.options import TrainOptions
+from fastret.training.trainer import Point
 
 NAME = "metrics.json"
 
@@ -37,11 +38,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time spent in training steps, of that in the loss's forward and backward, and before them in initialising it."""
+    """Time spent in training steps, of that in the loss's forward and backward; before them in initialising it; between
+    them in tests."""
 
     training: float
     loss: float
     initialising: float
+    testing: float
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Report:
     before: Scores
     after: Scores
     history: list[float]
+    curve: list[Point]
     width: int
     seconds: Seconds
     memory: Memory
@@ -89,11 +93,16 @@ class Report:
         times = f"{self.seconds.training:.1f} s, the loss {self.seconds.loss:.1f} s ({share:.1%})"
         if self.seconds.initialising:
             times += f"; initialising it {self.seconds.initialising:.1f} s"
+        if self.seconds.testing:
+            times += f"; tests {self.seconds.testing:.1f} s ({self.seconds.testing / self.seconds.training:.1%})"
         loss = training_loss(options.loss)
-        sizes = loss.official_at.format(rows=rows, classes=self.train.classes, width=self.width)
+        sizes = loss.official_at.format(
+            rows=rows, images=self.batch_classes, classes=self.train.classes, width=self.width, noise=options.num_noise
+        )
         before, after = self.before.named(), self.after.named()
         wide = max(10, *(len(name) + 1 for name in (*after, *self.yardsticks)))
-        drawn = f"classes x {options.samples_per_class}" if loss.labelled else f"x {options.samples_per_class} views"
+        samples = options.samples_per_class
+        drawn = f"classes x {samples}" if loss.labelled else f"x {samples} view{'s' if samples > 1 else ''}"
         searched = "" if self.gallery is None else f"; searched among {self.gallery}"
         return "\n".join(
             [

@@ -17,7 +17,7 @@ from fastret.training.options import TrainOptions
 from fastret.training.plot import write_plot
 from fastret.training.report import Memory, Part, Report, Seconds, percent
 from fastret.training.sources import open_data
-from fastret.training.trainer import Trainer
+from fastret.training.trainer import Point, Trainer
 
 
 def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], None] = print) -> Report:
@@ -58,7 +58,7 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
         say(f"resumed after {trainer.iteration} of {options.iterations} iterations")
     say(f"untrained: {', '.join(f'{name} {percent(share)}' for name, share in before.named().items())}")
 
-    _iterate(trainer, before)
+    _iterate(trainer, before, say)
 
     rows, settings = trainer.batch_rows, trainer.settings
     job = Job(options.loss, settings, rows, options.device, torch.get_num_threads())
@@ -73,8 +73,9 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
         before=before,
         after=loss.judge.evaluate(trainer.model, trainer.loss, data, options.device),
         history=trainer.history,
+        curve=[Point(0, before.first()), *trainer.curve] if trainer.curve else [],
         width=settings.width,
-        seconds=Seconds(trainer.seconds, trainer.loss_seconds, trainer.initialise_seconds),
+        seconds=Seconds(trainer.seconds, trainer.loss_seconds, trainer.initialise_seconds, trainer.test_seconds),
         memory=Memory(measure_peak(job), official_bytes),
     )
     say(f"\n{report.table()}\n")
@@ -87,8 +88,8 @@ def train(options: TrainOptions, *, resume: bool = False, say: Callable[[str], N
     return report
 
 
-def _iterate(trainer: Trainer, before: Scores) -> None:
-    """The iterations that are left, with a progress bar and checkpoints."""
+def _iterate(trainer: Trainer, before: Scores, say: Callable[[str], None]) -> None:
+    """The iterations that are left, with a progress bar, tests and checkpoints."""
     options = trainer.options
 
     def save() -> None:
@@ -110,6 +111,10 @@ def _iterate(trainer: Trainer, before: Scores) -> None:
             loss = trainer.step()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
+            if trainer.test_due:
+                point = trainer.test()
+                with bar.external_write_mode():
+                    say(f"epoch {point.epoch:,}: loss {loss:.4f}, {next(iter(before.named()))} {percent(point.share)}")
             if stop.is_set():
                 save()
                 raise Interrupted(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastret.losses import CQCLoss, SoftPQ
 from fastret.training.evaluation import embed
+from fastret.training.model import learn_norms
 
 BITS = (16, 32, 64)
 WORDS = 256  # of a book: a byte an index
@@ -46,8 +47,7 @@ class SPQ(nn.Module):
     def initialise(self, model: nn.Module, images: Sequence[Tensor]) -> None:
         """Put the words where the untrained network's embeddings of all ``images``, in batches, lie, by k-means.
 
-        Its BatchNorms are told the statistics of the images first: with those that they start with, embeddings would be
-        of another length in evaluation than in training, and far from all words.
+        Its BatchNorms learn the statistics of the images first; else embeddings would be far from all words.
 
         Raises:
             ValueError: fewer images than words.
@@ -56,13 +56,5 @@ class SPQ(nn.Module):
         if count < WORDS:
             raise ValueError(f"data: expected at least {WORDS} images to train on, one a word of a book, got {count}")
         device = str(next(model.parameters()).device)
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        momentum = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-        for batch in images:
-            model(batch.to(device))
-        for norm, before in zip(norms, momentum, strict=True):
-            norm.momentum = before
+        learn_norms(model, images)
         self.quantizer.init_from(torch.cat([embed(model, batch, device) for batch in images]))

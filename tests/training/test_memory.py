@@ -29,7 +29,7 @@ def test_the_definition_needs_what_it_materialises() -> None:
 
 
 def test_what_other_codes_need_for_a_thousand_rows() -> None:
-    settings = LossSettings(0.1, 4, None, classes=20_902, width=128)
+    settings = LossSettings(0.1, 4, None, classes=20_902, width=128, num_noise=4096)
     needed = {name: loss.official_bytes(1024, settings) for name, loss in LOSSES.items()}
     expected = {
         "smooth-ap": 39.1e9,
@@ -38,6 +38,8 @@ def test_what_other_codes_need_for_a_thousand_rows() -> None:
         "multi-similarity": 71.3e6,
         "proxy-nca": 12.3e9,
         "spq": 4.40e9,
+        "npid": 2.255e9,
+        "patchmix": 2.18e6,
     }
     assert needed == pytest.approx(expected, rel=2e-3)
 

@@ -46,8 +46,17 @@ def _trained(folder: str) -> dict[str, Any]:
 
 
 def _data_for(loss: str) -> dict[str, str]:
-    """A book of words needs more images than the small set has."""
-    return {} if LOSSES[loss].labelled else {"data": "glyphs"}
+    """A book of words needs more images than the small set has; few patches are fast."""
+    recipe = LOSSES[loss].recipe
+    return {
+        **({} if recipe.bits is None else {"data": "glyphs"}),
+        **({} if recipe.patch_size is None else {"patch_size": 8}),
+    }
+
+
+def _with_tests(loss: str) -> dict[str, Any]:
+    """An epoch of three steps where a loss is tested after it."""
+    return {**_data_for(loss), **({} if LOSSES[loss].recipe.test_every is None else {"batch_classes": 64})}
 
 
 def _interrupt_after(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +104,17 @@ def test_random_state_of_the_caller_is_kept(options: Build) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "stop"), [*((loss, stop) for loss in ("smooth-ap", "proxy-nca") for stop in (1, 3, 5)), ("spq", 3)]
+    ("loss", "stop"),
+    [
+        *((loss, stop) for loss in ("smooth-ap", "proxy-nca") for stop in (1, 3, 5)),
+        *((loss, 3) for loss in ("spq", "npid", "patchmix")),
+    ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(
     loss: str, stop: int, options: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = (
-        options(**_data_for(loss), loss=loss, output=str(tmp_path / name), iterations=6, checkpoint_every=4)
+        options(**_with_tests(loss), loss=loss, output=str(tmp_path / name), iterations=6, checkpoint_every=4)
         for name in ("whole", "parts")
     )
     expected = train(whole, say=_silent)
@@ -115,7 +128,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert not (parts.folder() / "metrics.json").exists()
     report = train(parts, resume=True, say=_silent)
     assert _differences(_trained(whole.output), _trained(parts.output)) == []
-    assert (report.before, report.after) == (expected.before, expected.after)
+    assert (report.before, report.after, report.curve) == (expected.before, expected.after, expected.curve)
+    assert len(report.curve) == (0 if LOSSES[loss].recipe.test_every is None else 3)
 
 
 def test_ctrl_c_goes_back_to_the_handler_before(options: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +160,8 @@ def test_metrics_and_plot_are_written(options: Build) -> None:
     assert len(report.history) == 4
     before = metrics["before"]
     assert 0 <= before["map_at_r"] <= before["recall_at_1"] <= before["recall_at_10"] <= 1
-    assert metrics["seconds"]["initialising"] == 0
+    assert metrics["seconds"]["initialising"] == metrics["seconds"]["testing"] == 0
+    assert metrics["curve"] == []
     assert 0 < metrics["seconds"]["loss"] < metrics["seconds"]["training"]
     assert metrics["memory"] == {"loss": {"bytes": 12_345, "problem": None}, "official_bytes": round(9.1 * 4 * 64**3)}
     assert {"fastret", "torch", "threads"} < metrics["versions"].keys()
