@@ -25,23 +25,26 @@ class Choice:
     source: str
 
 
+_UNTIL_MEASURED = "not measured on a GPU yet; until then the CUDA C++ kernels are taken where they are asked for"
+
 _TILES = Choice(
-    ("triton", "cuda"),
+    ("triton", "tiled"),
     "counted: products of tiles, which tensor cores do at 660 TFLOP/s on an H100 where tiles fit their shapes; "
-    "not measured on a GPU yet",
+    f"{_UNTIL_MEASURED}",
 )
 _GATHERS = Choice(
-    ("cuda", "triton"),
-    "counted: rows read from anywhere, 16 bytes a thread; Triton's gathers keep fewer loads in flight; not measured on "
-    "a GPU yet",
+    ("triton", "tiled"),
+    "counted: rows read from anywhere, which PyTorch writes out and reads again; CUDA C++ keeps more loads in flight "
+    f"than Triton; {_UNTIL_MEASURED}",
 )
 _SELECTIONS = Choice(
-    ("cuda", "triton"),
-    "counted: queues of the best k in registers, which Triton has no means for; not measured on a GPU yet",
+    ("tiled",),
+    "counted: queues of the best k in registers, which Triton has no means for, save the passes of PyTorch's tiles "
+    f"over the scores; {_UNTIL_MEASURED}",
 )
 _COPIES = Choice(
-    ("triton", "cuda"),
-    "counted: one read and one write of every row whoever does it; not measured on a GPU yet",
+    ("triton", "tiled"),
+    f"counted: one read and one write of every row, where PyTorch's operators take several; {_UNTIL_MEASURED}",
 )
 
 ON_CUDA: dict[str, Choice] = {
@@ -53,8 +56,10 @@ ON_CUDA: dict[str, Choice] = {
     "sampled_dot": _GATHERS,
     "topk": _SELECTIONS,
     "pq_topk": _SELECTIONS,
+    "knn_vote": _SELECTIONS,
     "segment_mean": _COPIES,
     "patchmix": _COPIES,
+    "update_rows": _COPIES,
 }
 
 

@@ -97,8 +97,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for impl in (
         Implementation("triton", "Triton kernels", ("cuda", "cpu"), _FLOATS, ("cuda",)),
         Implementation("cpu", "C++ kernels", ("cpu",), _FLOATS, ("cpu",)),
-        # Explicit only: none of its kernels has been measured on a GPU beside the others.
-        Implementation("cuda", "CUDA C++ kernels", ("cuda", "cpu"), _FLOATS, None),
+        Implementation("cuda", "CUDA C++ kernels", ("cuda", "cpu"), _FLOATS, ("cuda",)),
         Implementation("tiled", "PyTorch in tiles, recomputed in backward", (), _FLOATS, ()),
         Implementation("reference", "dense PyTorch, the definition", (), _FLOATS, None),
     )
