@@ -21,7 +21,7 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-
 FLAGS += ["-Werror", "-U_FORTIFY_SOURCE", "-DFASTRET_EMULATION"]
 # object-size sees a part of what AddressSanitizer sees, and says less of it.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=object-size", "-fno-sanitize-recover=undefined"]
-SANITIZE += ["-fno-omit-frame-pointer"]
+SANITIZE += ["-O0", "-fno-omit-frame-pointer"]  # compiles in a third of the time of -O1, which is what counts here
 
 
 def build() -> Path:
