@@ -19,7 +19,9 @@ CXX = os.environ.get("CXX") or next(c for c in ("c++", "g++", "clang++") if shut
 # Fibers switch by longjmp, which a fortified C library takes for a mistake.
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += ["-Werror", "-U_FORTIFY_SOURCE", "-DFASTRET_EMULATION"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# object-size sees a part of what AddressSanitizer sees, and says less of it.
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=object-size", "-fno-sanitize-recover=undefined"]
+SANITIZE += ["-O0", "-fno-omit-frame-pointer"]  # compiles in a third of the time of -O1, which is what counts here
 
 
 def build() -> Path:

@@ -116,6 +116,18 @@ template <bool Broken> __global__ void too_much_shared(Global<const float> x, Gl
   if (threadIdx.x == 0) out[blockIdx.x] = row[0];
 }
 
+// Mistakes beside the views, which only sanitizers see.
+template <bool Broken> __global__ void beyond_a_local_array(Global<const float> x, Global<float> out, int64_t n) {
+  float local[4] = {1, 2, 3, 4};
+  float* first = local;
+  first[Broken ? n % 4 + 4 : n % 4] = x[0];
+  if (threadIdx.x == 0) out[blockIdx.x] = local[(n + 1) % 4];
+}
+
+template <bool Broken> __global__ void shift_too_far(Global<const float> x, Global<float> out, int64_t n) {
+  if (threadIdx.x == 0) out[blockIdx.x] = x[0] + float(1 << (Broken ? int(n) : int(n % 4)));
+}
+
 // Which ticket each thread drew, of all blocks.
 __global__ void tickets(Global<int> counter, Global<int> out) {
   for (int turn = 0; turn < 2; ++turn) {
@@ -172,7 +184,8 @@ const std::map<std::string, std::pair<Kernel, Kernel>> kernels{
     PLANTED(out_of_bounds),   PLANTED(out_of_bounds_write),          PLANTED(out_of_shared),
     PLANTED(divergent_barrier), PLANTED(two_barriers),               PLANTED(divergent_shuffle),
     PLANTED(narrow_mask),     PLANTED(uninitialised),                PLANTED(misaligned),
-    PLANTED(one_place_for_all_blocks), PLANTED(failed_check),        PLANTED(too_much_shared)};
+    PLANTED(one_place_for_all_blocks), PLANTED(failed_check),        PLANTED(too_much_shared),
+    PLANTED(beyond_a_local_array), PLANTED(shift_too_far)};
 
 // What the emulation says of a run; null: nothing.
 template <class Run> const char* complaint(Run run) {

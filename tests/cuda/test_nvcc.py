@@ -4,13 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 
 
 def nvcc(*arguments: object) -> str:
@@ -27,6 +28,7 @@ def instructions(ptx: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith((".param", ".loc", ".file", "//", ".section"))]
 
 
+@needs_nvcc
 def test_views_are_pointers(tmp_path: Path) -> None:
     """The same kernel on views and on raw pointers compiles to the same instructions."""
     views = "Global<const float> x, Global<float> y"
@@ -48,10 +50,12 @@ def test_views_are_pointers(tmp_path: Path) -> None:
     assert any("ld.global.nc.v4" in line for line in compiled[0])
 
 
+@needs_nvcc
 def test_kernels_of_the_tests_compile(tmp_path: Path) -> None:
     nvcc("-arch=sm_80", "-cubin", Path(__file__).with_name("planted.cu"), "-o", tmp_path / "planted.cubin")
 
 
+@needs_nvcc
 @pytest.mark.skipif(os.environ.get("FASTRET_CUDA") == "0", reason="FASTRET_CUDA=0")
 def test_the_extension_is_built_and_loads_without_a_driver() -> None:
     """It was compiled for every shipped architecture, a spill being an error (setup.py)."""
@@ -59,3 +63,18 @@ def test_the_extension_is_built_and_loads_without_a_driver() -> None:
 
     assert _cuda.device_type == "cuda"
     assert isinstance(_cuda.device_error(), str)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("1", "FASTRET_CUDA=1: no nvcc in CUDA_HOME, CUDA_PATH or PATH"),
+        ("yes", "FASTRET_CUDA: expected 0, 1 or auto, got 'yes'"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused(asked: str, message: str, tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path), "CXX": "c++", "FASTRET_CUDA": asked}
+    command = [sys.executable, "setup.py", "--name"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"RuntimeError: {message}" in done.stderr

@@ -1,4 +1,5 @@
-"""Every kernel again, in the emulation, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""Every kernel again, in the emulation, under AddressSanitizer and UndefinedBehaviorSanitizer; which find what they are
+there for."""
 
 import os
 import subprocess
@@ -8,26 +9,57 @@ from types import ModuleType
 
 import pytest
 
+Built = tuple[ModuleType, Path]
 
-def test_kernels_under_sanitizers(built: tuple[ModuleType, Path]) -> None:
+# A process of its own without PyTorch: (library, kernel, broken) in, what the emulation complains of out.
+_PLANTED = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+library.run_planted.restype = ctypes.c_char_p
+x, out = (ctypes.c_float * 200)(), (ctypes.c_float * 1)()
+sizes = ctypes.c_int64(1), ctypes.c_int64(200)
+print(library.run_planted(sys.argv[2].encode(), int(sys.argv[3]), ctypes.c_uint64(0), x, out, *sizes))
+"""
+
+
+def under_sanitizers(built: Built, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A Python process with AddressSanitizer's runtime in it. C++'s too: exceptions are found when that starts."""
     builder, _ = built
-    if builder.variant() == "sanitized":
-        pytest.skip("this is the process under sanitizers")
-    runtime = subprocess.run([builder.CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    libasan = runtime.stdout.strip()
-    assert Path(libasan).is_absolute(), "the compiler has no AddressSanitizer"
-    # Python's and PyTorch's memory is theirs to keep; a kernel's mistake ends the process
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so"):
+        asked = [builder.CXX, f"-print-file-name={name}"]
+        libraries.append(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+        assert Path(libraries[-1]).is_absolute(), f"the compiler has no {name}"
     environment = {
         **os.environ,
-        "LD_PRELOAD": libasan,
-        "ASAN_OPTIONS": "detect_leaks=0",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # what Python and PyTorch keep is theirs
         "FASTRET_TEST_EMULATION": "sanitized",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(builder.ROOT)]
-    chosen = ["-k", "not ascending and not descending", str(Path(__file__).parent)]
-    done = subprocess.run(
-        [*command, *chosen], env=environment, cwd=builder.ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=builder.ROOT, capture_output=True, text=True, check=False)
+
+
+def test_kernels_under_sanitizers(built: Built) -> None:
+    """In one order of threads: the sanitizers watch each thread by itself."""
+    chosen = "not ascending and not descending and not sanitizers and not nvcc"
+    folder = Path(__file__).parent
+    done = under_sanitizers(built, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "ERROR: AddressSanitizer" not in done.stderr
+    assert " passed" in done.stdout
     assert "runtime error" not in done.stderr, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("beyond_a_local_array", "ERROR: AddressSanitizer: stack-buffer-overflow"),
+        ("shift_too_far", "runtime error: shift exponent 200 is too large"),
+    ],
+)
+def test_sanitizers_find_planted_mistakes(built: Built, kernel: str, message: str) -> None:
+    library = built[1] / "sanitized" / "planted.so"
+    right, wrong = (under_sanitizers(built, "-c", _PLANTED, library, kernel, broken) for broken in (0, 1))
+    assert right.stdout.strip() == "None", right.stderr[-4000:]
+    assert wrong.returncode != 0
+    assert message in wrong.stderr
