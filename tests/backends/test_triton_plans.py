@@ -220,9 +220,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     return found
 
 
-def everything(dtype: torch.dtype) -> None:
-    """Launches every kernel that multiplies rows of S."""
-    x = torch.randn(9, 5, device=DEVICE).to(dtype).requires_grad_()
+def everything(dtype: torch.dtype, width: int = 5) -> None:
+    """Launches every kernel that multiplies rows of S, where it is fused."""
+    x = torch.randn(9, width, device=DEVICE).to(dtype).requires_grad_()
     (lse, _), *_ = masked_lse_op(x, heads=[Head(2.0)], impl="triton")
     lse.sum().backward()
     labels = torch.arange(9, device=DEVICE) // 3
@@ -245,6 +245,13 @@ def test_the_setting_of_cuda_alone_is_heard(launched: dict[str, set[str]]) -> No
     finally:
         matmul.fp32_precision = "ieee"
     assert set().union(*launched.values()) == {"tf32"}
+
+
+def test_wide_rows_go_by_strips(launched: dict[str, set[str]]) -> None:
+    """Nothing is asked for: rows that no program holds leave the fused gradients alone."""
+    everything(torch.bfloat16, 520)
+    fused = {"masked_lse_gradient_kernel", "rank_gradient_kernel"}
+    assert launched.keys() == {name for _, names in KERNELS for name in names} - fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

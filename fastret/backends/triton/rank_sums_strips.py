@@ -80,10 +80,10 @@ def _strips(strips: Strips, pairs: Pairs) -> Iterator[_Strip]:
     """With the scores of their positives."""
     parts = _parts(strips)
     for b, scores in strips.blocks():
-        start, size, first, slot = (
-            None if t is None else t[b.first_row : b.first_row + b.rows] for t in pairs.segments
-        )
-        strip = _Strip(b.first_row, scores, (start, size, first, slot), pairs, parts)
+        rows = slice(b.first_row, b.first_row + b.rows)
+        start, size, first, slot = pairs.segments
+        segments = start[rows], size[rows], first[rows], None if slot is None else slot[rows]
+        strip = _Strip(b.first_row, scores, segments, pairs, parts)
         strip.score_positives()
         yield strip
 
