@@ -237,10 +237,26 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 
 
+def without_places(text: str, out: Path) -> str:
+    """Folders of this machine by what they are."""
+    torch = importlib.util.find_spec("torch")
+    places = {
+        sys.executable: "python",
+        **({str(Path(torch.origin).parents[1]): "SITE"} if torch is not None and torch.origin else {}),
+        str(ROOT): ".",
+        str(out): "OUT",
+        sys.prefix: "PREFIX",
+        str(Path.home()): "~",
+    }
+    for place, name in places.items():
+        text = text.replace(place, name)
+    return text
+
+
 def run_step(step: Step, seconds: int, out: Path) -> Outcome:
     """Runs it, its output shown as it comes."""
     command = step.shell(seconds, out)
-    shown = " ".join(word.replace(str(ROOT), ".").replace(str(out), "OUT") for word in command)
+    shown = without_places(" ".join(command), out)
     if step.needs and not shutil.which(step.needs):
         return Outcome(step.name, step.part, "skipped", 0.0, f"{step.needs} is not here", shown)
     print(f"--- {step.name}: at most {seconds} s", flush=True)
@@ -255,7 +271,7 @@ def run_step(step: Step, seconds: int, out: Path) -> Outcome:
             print(line, end="", flush=True)
         code = done.wait()
     status = {0: "ok", 124: "timed out", 137: "timed out"}.get(code, "failed")
-    tail = "" if status == "ok" else "\n".join(log.read_text().splitlines()[-30:]).replace(str(ROOT), ".")
+    tail = "" if status == "ok" else without_places("\n".join(log.read_text().splitlines()[-30:]), out)
     return Outcome(step.name, step.part, status, round(time.monotonic() - start, 1), "", shown, tail)
 
 

@@ -94,7 +94,8 @@ def test_steps_are_run_and_written(
     assert found["benchmarks"] == [{"op": 1}]
     assert {"python", "torch", "triton"} <= set(found["versions"])
     assert found["commit"]
-    assert str(script.ROOT) not in file.read_text()
+    assert all(place not in file.read_text() for place in (str(script.ROOT), sys.executable, sys.prefix))
+    assert found["outcomes"][5]["command"].endswith("python -c raise SystemExit('no')")
     out = capfd.readouterr().out
     assert "1 passed, 2 failed, 1 skipped" in out
     assert out.splitlines()[-2] == "FAILED"
