@@ -31,6 +31,9 @@ _RANGES = {
     "BLOCK_N": (16, 256),
     "BLOCK_K": (16, 128),
     "BLOCK_P": (4, 64),
+    "BLOCK_S": (16, 128),
+    "BLOCK_D": (32, 512),
+    "BLOCK_W": (32, 512),
     "num_warps": (2, 16),
     "num_stages": (1, 5),
 }
@@ -104,15 +107,54 @@ def _assigned(dtype: torch.dtype, width: int, device: torch.device) -> Call:
     return _differentiated(lambda x, codebook, impl: F.soft_pq(x, codebook, 0.5, impl=impl), x, codebook)
 
 
+def _noise(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x, bank = _rows(_ROWS // 16, width, dtype, device), _rows(64 * _ROWS, width, dtype, device, 1)
+    return _differentiated(lambda x, impl: ops.sampled_dot(x, bank, count=_ROWS, seed=0, impl=impl), x)
+
+
+def _mixed(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x = _rows(_ROWS, 48 * width, dtype, device).view(_ROWS, 48, width)
+    permutation = torch.arange(48, device=device).flip(0)
+    return lambda impl: (ops.patchmix(x, 1, 2, permutation=permutation, impl=impl),)
+
+
+def _stored(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    """Rows too wide for fused gradients."""
+    return _info_nce(dtype, 8 * width, device)
+
+
+def _searched(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x, y = _rows(_ROWS // 4, width, dtype, device), _rows(16 * _ROWS, width, dtype, device, 1)
+    return lambda impl: ops.topk(x, y, k=10, impl=impl)
+
+
+def _scanned(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x, codebook = _rows(_ROWS // 4, width, dtype, device), _rows(2048, width // 8, dtype, device, 1)
+    codes = (torch.arange(128 * _ROWS, device=device) * 40503 >> 8).remainder(256).to(torch.uint8).view(-1, 8)
+    return lambda impl: ops.pq_topk(x, codebook.view(8, 256, -1), codes, k=10, impl=impl)
+
+
+def _voted(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    scores = _rows(_ROWS, 200, torch.float32, device).sort(1, descending=True)[0]
+    indices = torch.arange(_ROWS * 200, device=device).view(_ROWS, 200) % 5003
+    place = torch.arange(5003, device=device) % 1000
+    return lambda impl: ops.knn_vote(scores, indices, place, 1000, impl=impl)
+
+
 # By the kind of kernel in config.py; a kind that has none here keeps its default, which is said.
 WORKLOADS: dict[str, Workload] = {
     **dict.fromkeys(("scores", "sums", "gradient"), Workload("rank_sums", _smooth_ap)),
-    "lse": Workload("masked_lse", _info_nce_forward),
     "lse gradient": Workload("masked_lse", _info_nce),
+    "lse": Workload("masked_lse", _info_nce_forward),
     "lse heavy": Workload("row_extrema", _mined),
     **dict.fromkeys(("pair scores", "pair gradient"), Workload("pair_dot", _pairs)),
     **dict.fromkeys(("assign", "assign rows", "assign words"), Workload("soft_assign", _assigned)),
+    **dict.fromkeys(("sampled scores", "sampled gradient"), Workload("sampled_dot", _noise)),
+    "patchmix": Workload("patchmix", _mixed),
+    "strip": Workload("masked_lse", _stored),
 }
+# Ops without Triton kernels, of which the implementations alone are compared.
+SELECTIONS = (Workload("topk", _searched), Workload("pq_topk", _scanned), Workload("knn_vote", _voted))
 
 
 def neighbours(kind: str, options: Options) -> Iterator[dict[str, int]]:
@@ -168,7 +210,8 @@ def tune(
         if found != options and math.isfinite(after):
             table.options[entry] = dict(found)
         report(f"{entry}: {before:.3f} ms by default, {after:.3f} ms with {dict(found)}")
-    for op, workload in {w.op: w for w in WORKLOADS.values()}.items():
+    # the first workload of an op stands for it
+    for op, workload in {w.op: w for w in reversed((*WORKLOADS.values(), *SELECTIONS))}.items():
         if kinds is None:
             table.order[op] = _order(op, workload, dtypes[0], device, timer)
             report(f"{op}: {', '.join(table.order[op])}")

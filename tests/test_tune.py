@@ -146,7 +146,7 @@ def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> No
     errors = pytest.importorskip("triton.runtime.errors")
     device = torch.device("cpu")
     monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(config, "choices", lambda kind, architecture, itemsize: (START,))
+    monkeypatch.setattr(config, "choices", lambda kind, architecture, itemsize, tf32=False: (START,))
     monkeypatch.setattr(config, "entries", lambda architecture: [("lse", 4, START), ("new kind", 4, START)])
     times = {"triton": 3.0, "tiled": 1.0}
     running: list[str] = []
@@ -167,6 +167,7 @@ def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> No
         return times.get(running[-1], 2.0)
 
     monkeypatch.setattr(tune, "WORKLOADS", {"lse": tune.Workload("masked_lse", lambda *_: call)})
+    monkeypatch.setattr(tune, "SELECTIONS", ())
     said: list[str] = []
     table = tune.tune(device, timer, dtypes=[torch.float32], report=said.append)
     assert table.options == {"lse/4": {**START, "BLOCK_M": 128}}
@@ -177,7 +178,7 @@ def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> No
 def test_workloads_are_calls_that_every_implementation_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the same each time, so that results of two configurations can be compared."""
     monkeypatch.setattr(tune, "_ROWS", 16)
-    for make in {workload.make for workload in tune.WORKLOADS.values()}:
+    for make in {workload.make for workload in (*tune.WORKLOADS.values(), *tune.SELECTIONS)}:
         call = make(torch.float32, 16, torch.device("cpu"))
         tiled = call("tiled")
         assert all(t.isfinite().all() for t in tiled)
