@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Torch's threads would otherwise spin while they wait, and slow whatever shares the machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo example test gpu lint clean
+.PHONY: demo example test gate gpu lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -21,6 +21,12 @@ example: $(VENV)/.demo
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+# After a change of a Triton kernel: all of them compile, with the oldest Triton that is supported too, and none spills.
+OLDEST_TRITON := build/triton-3.6.0
+gate: $(VENV)/.test
+	test -d $(OLDEST_TRITON) || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	$(BIN)/python tests/kernels/gate.py $(OLDEST_TRITON)
 
 # In $(PYTHON) itself, which has torch with CUDA, triton and pytest: such a machine may have no network.
 gpu:

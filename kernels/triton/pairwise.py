@@ -64,7 +64,7 @@ def score_tile(x, y, row, column, width, scale, PRECISION: tl.constexpr, BLOCK_K
 
 
 @triton.jit
-def add_weighted(total, weights, rows, dtype: tl.constexpr, PRECISION: tl.constexpr = "ieee"):
+def add_weighted(total, weights, rows, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """total (M, F) + weights (M, N) @ rows (N, F), the weights and rows taken in the dtype that rows are stored in.
 
     float16 has too little range for gradients: it goes through TF32, which holds float16 rows exactly and gives the

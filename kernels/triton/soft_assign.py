@@ -80,10 +80,10 @@ def add_exactly_weighted(total, weights, rows):
     """``add_weighted`` with weights of 16 bits or more."""
     if rows.dtype.primitive_bitwidth == 16:
         high, low = halves(weights, rows.dtype)
-        total = add_weighted(total, low, rows, rows.dtype)
-        return add_weighted(total, high, rows, rows.dtype)
+        total = add_weighted(total, low, rows, rows.dtype, "ieee")
+        return add_weighted(total, high, rows, rows.dtype, "ieee")
     else:
-        return add_weighted(total, weights, rows, rows.dtype)
+        return add_weighted(total, weights, rows, rows.dtype, "ieee")
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def soft_assign_kernel(
             if soft is not None:
                 code = load_rows(codebook, word_number, WORD_WIDTH, SLICE)
                 like: tl.constexpr = soft.dtype.element_ty
-                values = add_weighted(values * shrink[:, None], e, code, like)
+                values = add_weighted(values * shrink[:, None], e, code, like, "ieee")
         high = highest
     tl.store(codes + number, place.to(tl.int64), mask=exists)
     if lse is not None:
@@ -211,7 +211,7 @@ def soft_assign_row_gradient_kernel(
                 du = p * (slope - mean[:, None])
                 if logits is None:
                     like: tl.constexpr = x.dtype.element_ty
-                    total = add_weighted(total, du, key, like)
+                    total = add_weighted(total, du, key, like, "ieee")
                 else:
                     target = d_rows + number[:, None] * words + word[None, :]
                     wanted = exists[:, None] & (word < words)[None, :]
@@ -255,7 +255,7 @@ def soft_assign_word_sums_kernel(
                 used += tl.sum(p, 0)
             if dcodebook is not None and grad_soft is not None:
                 of_soft = load_rows(grad_soft, number, WORD_WIDTH, SLICE)
-                of_codebook = add_weighted(of_codebook, tl.trans(p), of_soft, of_soft.dtype)
+                of_codebook = add_weighted(of_codebook, tl.trans(p), of_soft, of_soft.dtype, "ieee")
             if dkeys is not None:
                 g = upstream_rows(grad_soft, grad_hard, number, STRAIGHT, WORD_WIDTH, SLICE)
                 slope = upstream_slopes(p, g, code, grad_usage, grad_purity, number, word, words, SMOOTH)
@@ -266,7 +266,7 @@ def soft_assign_word_sums_kernel(
         if dcodebook is not None and grad_hard is not None:
             taken = valid & (tl.load(codes + number)[:, None] == word[None, :])
             h = load_rows(grad_hard, number, WORD_WIDTH, SLICE)
-            of_codebook = add_weighted(of_codebook, tl.trans(taken.to(dtype)), h, h.dtype)
+            of_codebook = add_weighted(of_codebook, tl.trans(taken.to(dtype)), h, h.dtype, "ieee")
     target = (tl.program_id(2) * tl.num_programs(1)).to(tl.int64) * words + word_number
     if usage is not None:
         tl.store(usage + target, used, mask=exists)
