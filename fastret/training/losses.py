@@ -307,7 +307,7 @@ LOSSES: dict[str, TrainingLoss] = {
     "npid": TrainingLoss(
         _npid,
         Recipe(
-            iterations=2340,
+            iterations=2344,
             batch_classes=256,
             samples_per_class=1,
             temperature=0.1,
@@ -330,7 +330,7 @@ LOSSES: dict[str, TrainingLoss] = {
     "patchmix": TrainingLoss(
         _patchmix,
         Recipe(
-            iterations=234,
+            iterations=235,
             batch_classes=512,
             samples_per_class=2,
             temperature=0.2,

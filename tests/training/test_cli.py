@@ -116,6 +116,7 @@ def test_help_names_the_recipe_of_every_loss(
     assert f"batches to train on (default: 150; {recipe.iterations} with proxy-nca" in out
     spq = LOSSES["spq"].recipe
     others = f"0.1 with nt-xent, 0.1 with sup-con, {recipe.temperature} with proxy-nca, {spq.temperature} with spq"
+    others += ", 0.1 with npid, 0.2 with patchmix"
     assert f"temperature of the loss (default: 0.01; {others})" in out
     assert f"its proxies or words (default: {recipe.proxy_lr} with proxy-nca, {spq.proxy_lr} with spq)" in out
     assert f"bits of an image's code (default: {spq.bits} with spq)" in out
