@@ -67,7 +67,9 @@ def test_steps_are_run_and_written(
         writes = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
         return [
             step("build", "build", f"import os; assert os.environ['PYTHONPATH'].startswith({str(script.ROOT)!r})"),
-            step("hangs", "tests", "import time; print('started', flush=True); time.sleep(60)", 1),
+            step(
+                "hangs", "tests", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)", 1
+            ),
             script.Step("tests", "tests", 5, 5, (sys.executable, "-c", writes, "{out}/t.xml", JUNIT), "t.xml"),
             script.Step("memcheck", "sanitize", 5, 5, (sys.executable, "-c", writes, "{out}/m.log", MEMCHECK), "m.log"),
             script.Step(
@@ -77,6 +79,7 @@ def test_steps_are_run_and_written(
             step("needs", "sanitize", "", needs="a-program-that-is-not-there"),
         ]
 
+    monkeypatch.setattr(script, "KILL_AFTER", 1)
     monkeypatch.setattr(script, "steps", steps)
     assert script.main(["--output", str(tmp_path)]) == 1
     (file,) = tmp_path.glob("*-gpu-check.json")
