@@ -122,9 +122,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           for (int e = 0; e < kPart; ++e) sum[r] += of_x.item[e] * as_float(loaded[r].item[p + e]);
       }
     }
+    for (int bit = g.lanes / 2; bit > 0; bit /= 2)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sum[r] += __shfl_xor_sync(kWholeWarp, sum[r], bit);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      for (int bit = g.lanes / 2; bit > 0; bit /= 2) sum[r] += __shfl_xor_sync(kWholeWarp, sum[r], bit);
       const int k = k0 + r * g.groups + g.number;
       if (g.lane == 0 && k < known) scores[i * scores_stride + begin + k] = sum[r];
     }
