@@ -5,7 +5,7 @@
 
 #include "../common/array.h"
 #include "../common/plan.h"
-#include "pair_mask.h"
+#include "../common/pair_mask.h"
 
 namespace fastret {
 

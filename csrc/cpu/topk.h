@@ -3,7 +3,7 @@
 #pragma once
 #include "../common/array.h"
 #include "../common/plan.h"
-#include "pair_mask.h"
+#include "../common/pair_mask.h"
 
 namespace fastret {
 

@@ -3,7 +3,7 @@
 // class first of equals. No atomic, and nothing of size Q x C: the same bits in every run, whatever the classes.
 #include "knn_vote.h"
 
-#include "portable.h"
+#include "bitonic.h"
 
 namespace fastret {
 namespace cuda {
@@ -13,22 +13,6 @@ constexpr int kThreads = 256;
 constexpr int kMostNeighbours = 2048;
 constexpr float kTiny = 1.17549435e-38f;  // no vote at all: shares are 0
 constexpr uint64_t kNobody = ~uint64_t(0);  // after everybody
-
-// Ascending; bitonic, so that who is compared does not depend on the keys. The block must wait before it.
-template <int kPlaces> __device__ void sort(const Shared<uint64_t>& key) {
-  for (int size = 2; size <= kPlaces; size *= 2)
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      for (int pair = threadIdx.x; pair < kPlaces / 2; pair += kThreads) {
-        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
-        const uint64_t a = key[low], b = key[high];
-        if ((a > b) == ((low & size) == 0)) {
-          key[low] = b;
-          key[high] = a;
-        }
-      }
-      __syncthreads();
-    }
-}
 
 // The sum of what the threads bring, the same bits for all of them.
 __device__ inline float block_sum(float value, const Shared<float>& partial) {
@@ -66,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
     key[p] = k;
   }
   __syncthreads();
-  sort<kPlaces>(key);
+  bitonic_sort<kThreads, kPlaces>(key, threadIdx.x);
 
   float sum = 0;  // of the classes that begin in this thread's places
   for (int p = threadIdx.x; p < kPlaces; p += kThreads) {
@@ -91,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
     if (k != kNobody) ranking[p] = uint64_t(~bits_of(share)) << 32 | k >> 32;
   }
   __syncthreads();
-  sort<kPlaces>(ranking);
+  bitonic_sort<kThreads, kPlaces>(ranking, threadIdx.x);
   for (int64_t p = threadIdx.x; p < top; p += kThreads) {
     const uint64_t k = p < kPlaces ? uint64_t(ranking[p]) : kNobody;
     const float share = k == kNobody ? 0 : float_from(~uint32_t(k >> 32));

@@ -5,10 +5,12 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "device.h"
 #include "knn_vote.h"
 #include "sampled_dot.h"
+#include "topk.h"
 
 namespace py = pybind11;
 
@@ -35,6 +37,33 @@ cuda::SampledDotProblem sampled_problem(const SampledTuple& t) {
   return {array(x), array(bank), array(first), array(index), array(seed), count};
 }
 
+using Relation = std::optional<std::pair<ArrayTuple, ArrayTuple>>;
+// same, different, distinct, offset, period (0: none), above, below; as csrc/cpu/module.cpp has it
+using MaskTuple = std::tuple<Relation, Relation, Relation, std::optional<int64_t>, int64_t, MaybeArray, MaybeArray>;
+// rows, columns, k, mask, first column
+using SearchTuple = std::tuple<int64_t, int64_t, int64_t, MaskTuple, int64_t>;
+// products, row, column, first row, first column, score
+using StripTuple = std::tuple<ArrayTuple, MaybeArray, MaybeArray, int64_t, int64_t, int>;
+
+PairMask::Relation relation(const Relation& r) {
+  return r ? PairMask::Relation{array(r->first), array(r->second)} : PairMask::Relation{};
+}
+
+cuda::TopkSearch topk_search(const SearchTuple& t) {
+  const auto& [rows, cols, k, mask, first_column] = t;
+  const auto& [same, different, distinct, offset, period, above, below] = mask;
+  return {rows, cols, k,
+          {relation(same), relation(different), relation(distinct), offset.has_value(), offset.value_or(0), period,
+           array(above), array(below)},
+          first_column};
+}
+
+cuda::TopkStrip topk_strip(const StripTuple& t) {
+  const auto& [products, row, col, first_row, first_col, score] = t;
+  require(score >= 0 && score <= static_cast<int>(cuda::TopkScore::distance), "score", "unknown kind");
+  return {array(products), array(row), array(col), first_row, first_col, static_cast<cuda::TopkScore>(score)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -58,5 +87,15 @@ PYBIND11_MODULE(_cuda, m) {
                        double scale, const ArrayTuple& winners, const ArrayTuple& shares, uintptr_t stream) {
     cuda::knn_vote({array(scores), array(indices), array(place), classes, scale}, array(winners), array(shares),
                    stream);
+  });
+  m.attr("topk_most") = cuda::topk_most();
+  m.def("topk_state", &cuda::topk_state);
+  m.def("topk_select", [](const SearchTuple& search, const StripTuple& strip, int64_t parts, bool begins,
+                          const ArrayTuple& state, uintptr_t stream) {
+    cuda::topk_select(topk_search(search), topk_strip(strip), parts, begins, array(state), stream);
+  });
+  m.def("topk_finish", [](const SearchTuple& search, bool distances, int64_t parts, const ArrayTuple& state,
+                          const ArrayTuple& scores, const ArrayTuple& indices, uintptr_t stream) {
+    cuda::topk_finish(topk_search(search), distances, parts, array(state), array(scores), array(indices), stream);
   });
 }

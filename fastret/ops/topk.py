@@ -40,6 +40,7 @@ from fastret.ops.heads import check_heads, flatten, restore
 from fastret.ops.library import define, loop_under_vmap
 
 METRICS = ("cosine", "dot", "l2")
+LONG = 2048  # more results a row are the option "long", which not every implementation has
 
 
 def topk(
@@ -63,18 +64,20 @@ def topk(
         mask: pairs that are candidates; None: all. Its thresholds are of s_ij, which for l2 are squared distances.
         first_column: y is a piece of a larger matrix and its first row has this number there; indices count from there.
             The k best of the pieces' results are those of the whole.
-        impl: "reference", "tiled" or "cpu"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
+        impl: "reference", "tiled", "cpu" or "cuda" (k up to 2048, no float64); None: ``fastret.backend``, FASTRET_IMPL,
+            else the fastest.
 
     Returns:
         (scores, indices), both (N, k), best first; float32, or float64 where x or y is; int64.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
+        NotImplementedError: impl="cuda" with k beyond 2048.
     """
     x, y = _checked(x, y, k, metric, first_column)
     mask = PairMask() if mask is None else mask
     check_heads([Head(mask=mask)], x, y.shape[0])
-    chosen = registry.resolve("topk", x.device.type, x.dtype, impl)
+    chosen = registry.resolve("topk", x.device.type, x.dtype, impl, ("long",) if k > LONG else ())
     if chosen == "reference":
         return reference.forward(x, y, k, mask, metric=metric, first_column=first_column)
     flat = flatten([Head(mask=mask)], accumulation_dtype(x.dtype))

@@ -347,7 +347,7 @@ X = torch.randn(4, 3)
             ValueError,
             r"mask.different\[1\]: expected",
         ),
-        ({"impl": "cuda"}, ValueError, "impl: expected one of"),
+        ({"impl": "metal"}, ValueError, "impl: expected one of"),
     ],
 )
 def test_bad_input_names_the_argument(arguments: dict, error: type[Exception], message: str) -> None:
