@@ -44,6 +44,7 @@ class Implementation:
         devices: device types it runs on; empty: any.
         dtypes: dtypes of the rows it takes.
         automatic: device types for which "auto" may pick it, in the order of ``IMPLEMENTATIONS``; empty: any.
+        automatic_ops: ops for which "auto" may pick it; empty: any.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Implementation:
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     automatic: tuple[str, ...] | None
+    automatic_ops: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
         """Why it cannot run in this process at all, or None."""
@@ -95,8 +97,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     for impl in (
         Implementation("triton", "Triton kernels", ("cuda", "cpu"), _FLOATS, ("cuda",)),
         Implementation("cpu", "C++ kernels", ("cpu",), _FLOATS, ("cpu",)),
-        # Explicit only: none of its kernels has been measured on a GPU beside the others.
-        Implementation("cuda", "CUDA C++ kernels", ("cuda", "cpu"), _FLOATS, None),
+        # Other kernels of it are explicit only: none has been measured on a GPU beside the others.
+        Implementation("cuda", "CUDA C++ kernels", ("cuda", "cpu"), _FLOATS, ("cuda",), ("pq_topk",)),
         Implementation("tiled", "PyTorch in tiles, recomputed in backward", (), _FLOATS, ()),
         Implementation("reference", "dense PyTorch, the definition", (), _FLOATS, None),
     )
@@ -136,7 +138,9 @@ def candidates(call: Call) -> list[Implementation]:
     return [
         impl
         for impl in IMPLEMENTATIONS.values()
-        if impl.automatic is not None and (not impl.automatic or call.device in impl.automatic)
+        if impl.automatic is not None
+        and (not impl.automatic or call.device in impl.automatic)
+        and (not impl.automatic_ops or call.op in impl.automatic_ops)
     ]
 
 
