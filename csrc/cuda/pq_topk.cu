@@ -11,12 +11,17 @@
 // other M, whose codes are read one at a time, the conflicts.
 //
 // Counts. Q N M lookups of 4 bytes. 10,000 queries, 1M codes, M = 16: 1.6e11. A multiprocessor of an H100 reads 32
-// banks a clock, all of them 132 x 32 x 1.755 GHz = 7.4e12 words a second: 21.6 ms, which is the floor of float32 tables
-// (half of it for float16 ones, which the op's contract has no place for). A step of a warp with 12 queries is 3 loads
-// of 4 wavefronts, 12 additions, 3 instructions for the address, and in 8 of 16 steps 24 selections: 12 clocks of shared
-// memory, and (3 + 12 + 12) / 4 = 7 of issue, (3 + 12) / 2 = 8 of the integer pipe: banks bound it. Tables of 12
-// queries, M = 16, K = 256 take 192 KiB. Bytes: codes are read by 834 blocks, 13 GB from L2 (2.4 ms at 5.5 TB/s) and
-// once from memory (16 MB); results, 12 bytes each. Not measured: no GPU has run this yet.
+// banks a clock, all 132 at 1.755 GHz 7.4e12 words a second: 21.6 ms, the floor of float32 tables (half of it for
+// float16 ones, which the op's contract has no place for). What sm_90a's code does for a warp's 32 codes x 12 queries x
+// 16 books: 48 loads of 16 bytes a lane, which are 192 clocks of shared memory, in 510 instructions, 128 clocks of
+// issue, of which 192 are additions and 176 selections, with the addresses 140 clocks of the pipe of half the rate:
+// banks bound it. At M = 8 as many selections stand against 96 clocks: 1.2 times the floor. Bytes: codes are read by
+// 834 blocks, 13 GB from L2 (2.4 ms at 5.5 TB/s), once from memory (16 MB); a result is 12 bytes. Counted, not
+// measured: no GPU has run this yet.
+//
+// Tables of 12 queries, M = 16, K = 256 take 192 KiB: of an H100's 227 what is left holds queues up to k = 128. With
+// larger k, or the 163 KiB of an A100, a block has 4 queries; up to k = 512 two blocks share an H100's multiprocessor.
+// 61 to 128 registers a thread, none spilled.
 //
 // What is selected: best_k.h. Few queries: parts of the codes, whose lists a second kernel merges in their order.
 #include "pq_topk.h"
@@ -178,8 +183,7 @@ __global__ void __launch_bounds__(kThreadsOf<kQueries>, 1)
     if constexpr (kInShared) return memory;
     else return tables + int64_t(blockIdx.x) * entries;
   }();
-  make_tables<kQueries, kEntry>(s, first_query, table);
-  __syncthreads();
+  make_tables<kQueries, kEntry>(s, first_query, table);  // waited for by the loop's condition
 
   const int64_t begin = part * s.part_rows, end = min(s.count, begin + s.part_rows);
   const int64_t tiles = (end - begin + kThreads - 1) / kThreads, periods = tiles > 0 ? tiles + 1 : 0;

@@ -44,7 +44,7 @@ PLANS = [  # queries, books, words, codes, k; queries of a block, parts, tables 
     ((7, 4, 256, 300, 9), (4, 1, 0)),
     ((9, 3, 300, 530, 70), (12, 1, 0)),
     ((14, 8, 16, 600, 5), (12, 1, 0)),
-    ((3, 2, 40000, 90, 4), (1, 1, 3)),
+    ((2, 1, 60000, 90, 4), (1, 1, 2)),
 ]
 
 
@@ -99,7 +99,7 @@ def test_a_query_has_the_same_bits_in_any_company_and_copies_tie() -> None:
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "random"])
-@pytest.mark.parametrize("k", [1, 64, 65, 700])
+@pytest.mark.parametrize("k", [1, 64, 700])
 @pytest.mark.usefixtures("emulation")
 def test_selection_of_any_order(order: str, k: int) -> None:
     """Candidates that all replace others, none, and runs of equals; queues that overflow in every turn."""
@@ -119,8 +119,17 @@ def test_selection_of_any_order(order: str, k: int) -> None:
 
 
 @pytest.mark.usefixtures("emulation")
+def test_equals_that_come_late() -> None:
+    """Warps run ahead of others: of equal scores, lower columns are met after higher ones have raised the bound."""
+    values = (torch.rand(3000) < 0.1).int()
+    codes, codebook = values[:, None].to(torch.uint8), torch.arange(2.0).view(1, -1, 1)
+    _, indices = pq_topk(torch.ones(1, 1), codebook, codes, k=60, metric="dot", impl="cuda")
+    assert torch.equal(indices[0], values.nonzero().flatten()[:60])
+
+
+@pytest.mark.usefixtures("emulation")
 def test_the_most_and_fewer_than_k() -> None:
-    given = integers(2, 4, 16, 2300)
+    given = integers(1, 4, 16, 2300)
     for count, metric in ((2300, "l2"), (30, "dot")):
         query, codebook, codes = *given[:2], given[2][:count]
         found = pq_topk(query, codebook, codes, k=2048, metric=metric, impl="cuda")
@@ -143,16 +152,16 @@ def test_nothing() -> None:
 @pytest.mark.usefixtures("emulation")
 def test_nan_scores_are_no_candidates_and_spoil_no_other(queries: int, metric: str) -> None:
     """Of a word, whose codes stand among those of others in a lane's stream; of a query."""
-    query, codebook, codes = random(queries, 8, 8, 2, 1300)
+    query, codebook, codes = random(queries, 8, 8, 2, 400)
     codebook[1, 5, 0] = math.nan
     codebook[2, 4, 0] = math.inf
     if queries > 3:
         query[3, 5] = math.nan
-    options = {"k": 1300, "metric": metric}
+    options = {"k": 400, "metric": metric}
     found = pq_topk(query, codebook, codes, **options, impl="cuda")  # type: ignore[arg-type]
     expected = pq_topk(query, codebook, codes, **options, impl="cpu")  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
-    assert ((found[1] < 0).sum(1) > 100).all()
+    assert ((found[1] < 0).sum(1) > 30).all()
 
 
 @pytest.mark.usefixtures("emulation")
