@@ -41,3 +41,19 @@ def topk_finish(
     stream: int,
     /,
 ) -> None: ...
+def pq_topk_plan(queries: int, codes: int, books: int, words: int, k: int, /) -> tuple[int, int, int]: ...
+def pq_topk(
+    query: ArrayTuple,
+    codebook: ArrayTuple,
+    codes: ArrayTuple,
+    words: int,
+    k: int,
+    metric: int,
+    first_index: int,
+    lists: ArrayTuple | None,
+    tables: ArrayTuple | None,
+    scores: ArrayTuple,
+    indices: ArrayTuple,
+    stream: int,
+    /,
+) -> None: ...

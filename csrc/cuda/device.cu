@@ -14,6 +14,20 @@ std::string device_error() {
   return "";
 }
 
+DeviceLimits device_limits() {
+#ifdef __CUDACC__
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("device_limits: ") + cudaGetErrorString(error));
+  return {multiprocessors, shared_bytes};
+#else
+  return {2, int64_t(emulation::kMostDynamic)};
+#endif
+}
+
 #ifdef FASTRET_EMULATION
 void set_order(uint64_t order) { emulation::machine().set_order(order); }
 #endif

@@ -9,6 +9,7 @@
 
 #include "device.h"
 #include "knn_vote.h"
+#include "pq_topk.h"
 #include "sampled_dot.h"
 #include "topk.h"
 
@@ -97,5 +98,16 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("topk_finish", [](const SearchTuple& search, bool distances, int64_t parts, const ArrayTuple& state,
                           const ArrayTuple& scores, const ArrayTuple& indices, uintptr_t stream) {
     cuda::topk_finish(topk_search(search), distances, parts, array(state), array(scores), array(indices), stream);
+  });
+  m.def("pq_topk_plan", [](int64_t queries, int64_t codes, int64_t books, int64_t words, int64_t k) {
+    const cuda::PqTopkPlan plan = cuda::pq_topk_plan(queries, codes, books, words, k);
+    return std::make_tuple(plan.queries, plan.parts, plan.table_rows);
+  });
+  m.def("pq_topk", [](const ArrayTuple& query, const ArrayTuple& codebook, const ArrayTuple& codes, int64_t words,
+                      int64_t k, int metric, int64_t first_index, const MaybeArray& lists, const MaybeArray& tables,
+                      const ArrayTuple& scores, const ArrayTuple& indices, uintptr_t stream) {
+    cuda::pq_topk({array(query), array(codebook), array(codes), words, k, static_cast<cuda::PqMetric>(metric),
+                   first_index},
+                  array(lists), array(tables), array(scores), array(indices), stream);
   });
 }

@@ -8,7 +8,8 @@
 //    during the launch, and never a pointer. A view is indexed (x[i]), moved (x + i), loaded 16 bytes at a time
 //    (load<N>(x, i)), and given to atomic_add(x + i, v) and the like.
 // 3. Shared memory is declared in the kernel: FASTRET_SHARED(float, name, 256); of the size the launch gives:
-//    FASTRET_DYNAMIC_SHARED(float, name), one a kernel. It is a `Shared<float>` where it is passed on.
+//    FASTRET_DYNAMIC_SHARED(float, name), one a kernel, of which shared_part<T> takes pieces of other types. It is a
+//    `Shared<float>` where it is passed on. More than 48 KiB are dynamic: launch() asks for them.
 // 4. A value that is read has its type written down (`const float v = x[i]`), never auto.
 // 5. device_check(condition) for what only the device can know: values of indices.
 // 6. fastret/backends/cuda/<op>.py calls it through launch.py; tests/cuda/test_<op>.py runs it in the emulation, against
@@ -21,6 +22,7 @@
 
 #include "../common/array.h"
 #include "../common/half.h"
+#include "../common/host_device.h"
 
 #ifdef __CUDACC__
 #include <cassert>
@@ -35,6 +37,7 @@ namespace cuda {
 
 constexpr int kWarpLanes = 32;
 constexpr uint32_t kWholeWarp = 0xffffffffu;
+constexpr size_t kSharedUnasked = 48 << 10;  // what every block may have
 
 // N values that are loaded as one.
 template <class T, int N> struct alignas(sizeof(T) * N) Pack {
@@ -74,13 +77,17 @@ template <class T> using Shared = T*;
   extern __shared__ __align__(16) unsigned char dynamic_[]; \
   const ::fastret::cuda::Shared<type> name = reinterpret_cast<type*>(dynamic_)
 
+// `count` elements of another type, from a byte of shared memory on.
+template <class To, class T> __device__ Shared<To> shared_part(T* memory, int64_t byte, int64_t, const char*) {
+  return reinterpret_cast<To*>(reinterpret_cast<unsigned char*>(memory) + byte);
+}
+
 // N elements from the i-th on, by the path for what nobody writes; 16 bytes of them must lie at a multiple of 16.
 template <int N, class T> __device__ Pack<T, N> load(const Global<const T>& from, int64_t i) {
   constexpr int kBytes = sizeof(T) * N;
-  using Word = std::conditional_t<kBytes == 16, uint4,
-                                  std::conditional_t<kBytes == 4, uint32_t,
-                                                     std::conditional_t<kBytes == 2, uint16_t, uint64_t>>>;
-  static_assert(sizeof(Word) == kBytes, "load 2, 4, 8 or 16 bytes");
+  using Narrow = std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint64_t, Narrow>>;
+  static_assert(sizeof(Word) == kBytes, "load 1, 2, 4, 8 or 16 bytes");
   const Word word = __ldg(reinterpret_cast<const Word*>(from.pointer() + i));
   Pack<T, N> values;
   memcpy(&values, &word, kBytes);
@@ -107,8 +114,13 @@ __device__ inline void device_check(bool ok) { assert(ok); }
 
 template <class... Parameters, class... Arguments>
 void launch(const Shape& shape, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  kernel<<<shape.grid, shape.block, shape.shared_bytes, reinterpret_cast<cudaStream_t>(shape.stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > kSharedUnasked)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+  if (error == cudaSuccess) {
+    kernel<<<shape.grid, shape.block, shape.shared_bytes, reinterpret_cast<cudaStream_t>(shape.stream)>>>(arguments...);
+    error = cudaGetLastError();
+  }
   if (error != cudaSuccess)
     throw std::runtime_error(std::string(shape.kernel) + ": " + cudaGetErrorString(error));
 }
@@ -123,6 +135,11 @@ template <class T> using Shared = emulation::View<T>;
   const ::fastret::cuda::Shared<type> name = ::fastret::emulation::shared_array<type>(&name##_key, count, #name)
 #define FASTRET_DYNAMIC_SHARED(type, name) \
   const ::fastret::cuda::Shared<type> name = ::fastret::emulation::dynamic_shared<type>(#name)
+
+template <class To, class T>
+Shared<To> shared_part(const Shared<T>& memory, int64_t byte, int64_t count, const char* name) {
+  return memory.template part<To>(byte, count, name);
+}
 
 template <int N, class T> Pack<std::remove_const_t<T>, N> load(const emulation::View<T>& from, int64_t i) {
   Pack<std::remove_const_t<T>, N> values;

@@ -36,7 +36,8 @@ struct Launch {
 };
 
 constexpr int kWarp = 32, kMostThreads = 1024;
-constexpr size_t kMostShared = 48 << 10;  // what a block may have without asking for more
+constexpr size_t kMostShared = 48 << 10;    // what a block may have without asking for more
+constexpr size_t kMostDynamic = 227 << 10;  // what it may have where the launch asks, which launch() does above 48 KiB
 
 class Machine {
  public:
@@ -115,9 +116,10 @@ class Machine {
     for (const SharedArray& a : shared_arrays_)
       if (a.key == key) return a.bytes.get();
     shared_used_ += bytes;
-    if (shared_used_ > kMostShared)
+    const size_t most = launch_.shared_bytes > kMostShared ? kMostDynamic : kMostShared;
+    if (shared_used_ > most)
       fail(std::string("shared ") + name + ": the block has " + std::to_string(shared_used_) + " bytes, of at most " +
-           std::to_string(kMostShared));
+           std::to_string(most));
     shared_arrays_.push_back({key, std::unique_ptr<char[], Free>(static_cast<char*>(std::aligned_alloc(
                                        kAlignment, (bytes + kAlignment) / kAlignment * kAlignment)))});
     std::memset(shared_arrays_.back().bytes.get(), 0xff, bytes);

@@ -50,6 +50,15 @@ template <class T> class View {
   }
   explicit operator bool() const { return data_ != nullptr; }
 
+  // `count` elements of another type, from a byte on.
+  template <class U> View<U> part(int64_t byte, int64_t count, const char* name) const {
+    const int64_t end = byte + count * int64_t(sizeof(U)), bytes = size_ * int64_t(sizeof(T));
+    if (byte < 0 || byte % int64_t(alignof(U)) != 0 || end > bytes)
+      machine().fail(std::string(name) + ": bytes " + std::to_string(byte) + " to " + std::to_string(end) + " of " +
+                     name_ + ", which has " + std::to_string(bytes));
+    return {reinterpret_cast<U*>(reinterpret_cast<char*>(data_) + byte), count, name, shared_};
+  }
+
   // The address of `count` elements from the i-th on, after all checks.
   T* at(int64_t i, int64_t count, Access access, size_t alignment = alignof(T)) const {
     const int64_t element = offset_ + i;

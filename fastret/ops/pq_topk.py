@@ -64,7 +64,8 @@ def pq_topk(
         k: number of results a query, at least 1; more than there are codes is allowed.
         metric: "l2", "l21" or "dot".
         first_index: the codes are a piece of more, and the first has this index there.
-        impl: "reference", "tiled" or "cpu"; None: ``fastret.backend``, FASTRET_IMPL, else the fastest.
+        impl: "reference", "tiled", "cpu" or "cuda" (float32, k up to 2,048); None: ``fastret.backend``, FASTRET_IMPL,
+            else the fastest.
 
     Returns:
         (scores, indices), both (Q, k), best first; float32, or float64 where query or codebook is; int64.
@@ -88,8 +89,9 @@ def pq_topk(
     checks.check_count(k, "k")
     check_metric(metric)
     checks.check_integer(first_index, "first_index", 0)
-    chosen = registry.resolve("pq_topk", query.device.type, query.dtype, impl)
     wide = torch.promote_types(accumulation_dtype(query.dtype), accumulation_dtype(codebook.dtype))
+    options = ("k > 2048",) if k > 2048 else ()
+    chosen = registry.resolve("pq_topk", query.device.type, wide, impl, options)
     rows, words = query.detach().to(wide), codebook.detach().to(wide)
     if chosen == "reference":
         check_code_values(codes, codebook)

@@ -3,6 +3,7 @@ and dtype codes again in C++. A call borrows its tensors and returns before the 
 and PyTorch's allocator keeps memory that is freed meanwhile for the same stream.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from fastret.backends import cuda
 from fastret.backends.cpu.array import DTYPE_CODES, ArrayTuple, rows_of
 from fastret.backends.cpu.array import array as _array
 
-__all__ = ["array", "call", "rows_of"]
+__all__ = ["array", "call", "on", "rows_of"]
 
 
 def array(t: Tensor, name: str) -> ArrayTuple:
@@ -30,11 +31,13 @@ def array(t: Tensor, name: str) -> ArrayTuple:
 def call(function: str, device: torch.device, *arguments: Any) -> None:
     """Launches on the current stream of the device that the tensors are on."""
     launch = getattr(cuda.extension(), function)
-    if device.type != "cuda":
-        launch(*arguments, 0)
-        return
-    with torch.cuda.device(device):
-        launch(*arguments, torch.cuda.current_stream(device).cuda_stream)
+    with on(device):
+        launch(*arguments, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within it the device is current: what C++ asks the device about is asked of this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _readable(t: Tensor) -> Tensor:
