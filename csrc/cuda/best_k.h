@@ -1,34 +1,16 @@
 // The k best candidates of a few queries, found by a block that meets candidates in any order.
 //
-// A candidate is one integer, as in csrc/cpu/candidates.h: score above, column below, greater where it is better; of
-// equal scores the lowest column. That order is total: which thread met a candidate when changes nothing.
-//
 // A query has `places` kept ones, sorted, and as many for new ones, both in shared memory. Only what is better than the
 // k-th so far is appended: a ballot, one atomic a warp, no sort. When new ones find no place, the block merges: a
 // bitonic sort of the new ones, the greater of each pair of opposite ends, and the last stages of a sort of what is
 // kept. A query of N candidates in random order appends about k (1 + ln(N / k)) of them.
 #pragma once
-#include "portable.h"
+#include "candidate.h"
 
 namespace fastret {
 namespace cuda {
 
 constexpr int kMostBest = 2048;
-
-// Of a score that is not NaN. Both zeros are one score.
-FASTRET_HOST_DEVICE inline uint64_t key_of(float score, uint32_t column) {
-  uint32_t bits = score == 0 ? 0 : bits_of(score);
-  bits ^= bits >> 31 ? ~uint32_t(0) : uint32_t(1) << 31;
-  return uint64_t(bits) << 32 | uint32_t(~column);
-}
-FASTRET_HOST_DEVICE inline uint32_t column_of(uint64_t key) { return ~uint32_t(key); }
-FASTRET_HOST_DEVICE inline float score_of(uint64_t key) {
-  const uint32_t bits = uint32_t(key >> 32);
-  return float_from(bits ^ (bits >> 31 ? uint32_t(1) << 31 : ~uint32_t(0)));
-}
-
-constexpr uint64_t kNoKey = 0;                         // below every candidate's
-constexpr uint64_t kWorstKey = 0x007fffffffffffffull;  // a score of -inf: candidates are above
 
 template <int kQueries, int kThreads> class BestK {
  public:

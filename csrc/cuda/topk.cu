@@ -17,6 +17,7 @@
 #include "topk.h"
 
 #include "bitonic.h"
+#include "candidate.h"
 
 namespace fastret {
 namespace cuda {
@@ -24,7 +25,6 @@ namespace {
 
 constexpr int kLoad = 4;  // scores a thread reads at once
 constexpr float kWorst = -__builtin_huge_valf();
-constexpr uint64_t kNobody = 0;  // before everybody
 
 // A thread of a team. kPlaces: keys that are kept, and fresh keys, at least two chunks.
 template <int kTeam_, int kPlaces_, int kThreads_> struct Plan {
@@ -54,17 +54,7 @@ struct Strip {
   TopkScore score;
 };
 
-// Greater is better: of equal scores the lower column. Both zeros are one score; negative ones turned over, all ascend.
-__device__ inline uint64_t key_of(float score, int64_t column) {
-  uint32_t bits = score == 0 ? 0 : bits_of(score);
-  bits ^= bits >> 31 ? ~uint32_t(0) : uint32_t(1) << 31;
-  return uint64_t(bits) << 32 | uint32_t(~uint32_t(column));
-}
-__device__ inline int64_t column_of(uint64_t key) { return uint32_t(~uint32_t(key)); }
-__device__ inline float score_of(uint64_t key) {
-  const uint32_t bits = uint32_t(key >> 32);
-  return key == kNobody ? kWorst : float_from(bits ^ (bits >> 31 ? uint32_t(1) << 31 : ~uint32_t(0)));
-}
+__device__ inline float score_or_worst(uint64_t key) { return key == kNoKey ? kWorst : score_of(key); }
 
 // The column that the offset leaves out, or one that there is not.
 __device__ inline int64_t left_out(const Allowed& a, int64_t row) {
@@ -152,7 +142,7 @@ __device__ void merge(const Shared<uint64_t>& key, const Global<uint64_t>& best,
 template <class P>
 __device__ void sort_fresh(const Kept<P>& kept, int count, const Shared<uint64_t>& key, int thread) {
   for (int p = thread; p < P::kPlaces; p += P::kTeam) {
-    uint64_t k = kNobody;
+    uint64_t k = kNoKey;
     if (p < count) k = kept.fresh[p];
     key[p] = k;
   }
@@ -177,11 +167,11 @@ __global__ void __launch_bounds__(P::kThreads)
   int count = 0;  // of fresh keys; a block's is in `filled`
   float bound = kWorst;
   if (begins) {
-    for (int p = thread; p < P::kPlaces; p += P::kTeam) kept.best[p] = kNobody;
+    for (int p = thread; p < P::kPlaces; p += P::kTeam) kept.best[p] = kNoKey;
   } else {
     const uint64_t before = kept.count[0], last = kept.best[P::kPlaces - k];
     count = int(before);
-    bound = score_of(last);
+    bound = score_or_worst(last);
   }
   if (kBlock && thread == 0) filled[0] = count;
   team_wait<P::kTeam>();
@@ -218,7 +208,7 @@ __global__ void __launch_bounds__(P::kThreads)
     sort_fresh(kept, count, key, thread);
     merge<P>(key, kept.best, thread);
     const uint64_t last = key[P::kPlaces - k];
-    bound = score_of(last);
+    bound = score_or_worst(last);
     count = 0;
     if (kBlock && thread == 0) filled[0] = 0;
     team_wait<P::kTeam>();
@@ -257,9 +247,9 @@ __global__ void __launch_bounds__(P::kThreads)
   }
   for (int p = thread; p < k; p += P::kTeam) {
     const uint64_t found = key[P::kPlaces - 1 - p];
-    const float score = score_of(found);
+    const float score = score_or_worst(found);
     scores[r * scores_stride + p] = distances ? 0 - score : score;
-    indices[r * indices_stride + p] = found == kNobody ? -1 : first_column + column_of(found);
+    indices[r * indices_stride + p] = found == kNoKey ? -1 : first_column + column_of(found);
   }
 }
 

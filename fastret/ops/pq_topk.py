@@ -40,6 +40,7 @@ from fastret.backends.reference import pq_topk as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
 from fastret.ops.library import define, loop_under_vmap
+from fastret.ops.topk import LONG
 
 METRICS = ("l2", "l21", "dot")
 
@@ -90,8 +91,7 @@ def pq_topk(
     check_metric(metric)
     checks.check_integer(first_index, "first_index", 0)
     wide = torch.promote_types(accumulation_dtype(query.dtype), accumulation_dtype(codebook.dtype))
-    options = ("k > 2048",) if k > 2048 else ()
-    chosen = registry.resolve("pq_topk", query.device.type, wide, impl, options)
+    chosen = registry.resolve("pq_topk", query.device.type, wide, impl, ("long",) if k > LONG else ())
     rows, words = query.detach().to(wide), codebook.detach().to(wide)
     if chosen == "reference":
         check_code_values(codes, codebook)

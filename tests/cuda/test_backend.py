@@ -6,18 +6,24 @@ import pytest
 import torch
 
 import fastret
-from fastret.backends import cuda, registry
+from fastret.backends import choices, cuda, registry
 from fastret.backends.cuda.launch import array
 from fastret.ops import sampled_dot
 
 X = torch.randn(4, 6)
 
 
-def test_never_chosen_by_itself(emulation: ModuleType) -> None:
-    for device in ("cpu", "cuda"):
-        for op in ("sampled_dot", "knn_vote"):
-            call = registry.Call(op, device, torch.float32)
-            assert "cuda" not in [impl.name for impl in registry.candidates(call)]
+def test_chosen_where_it_is_measured_only(emulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def candidates(op: str, device: str) -> list[str]:
+        return [impl.name for impl in registry.candidates(registry.Call(op, device, torch.float32))]
+
+    for op in ("sampled_dot", "knn_vote", "topk", "pq_topk"):
+        assert "cuda" not in candidates(op, "cpu")
+        assert candidates(op, "cuda").index("tiled") < candidates(op, "cuda").index("cuda")
+    monkeypatch.setattr(choices, "measured_here", lambda op: ("cuda", "triton"))
+    for op in ("sampled_dot", "knn_vote", "topk", "pq_topk"):
+        assert "cuda" not in candidates(op, "cpu")
+        assert candidates(op, "cuda")[0] == "cuda"
     assert "cuda" in fastret.available_backends()
     assert "cuda: CUDA C++ kernels (emulated)" in fastret.env_report()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastret.backends import registry
+from fastret.backends import choices, registry
 from fastret.backends.cpu.array import ArrayTuple, array
 from fastret.backends.registry import Call
 from fastret.ops import pq_topk
@@ -212,20 +212,18 @@ def test_what_it_does_not_serve() -> None:
     assert pq_topk(query, codebook, codes, k=2049)[0].shape == (2, 2049)
 
 
-def test_auto_takes_it_on_cuda_alone(emulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_it_on_cuda_where_it_is_measured(emulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(device: str, dtype: torch.dtype = torch.float32, options: tuple[str, ...] = ()) -> str:
         return registry.resolve("pq_topk", device, dtype, None, options)
 
     assert chosen("cuda") == "tiled"  # what is in its place here serves the CPU
     monkeypatch.setattr(emulation, "device_type", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen("cuda") == "tiled"  # nothing is measured
+    monkeypatch.setattr(choices, "measured_here", lambda op: ("cuda",))
     assert chosen("cuda") == "cuda"
     assert chosen("cpu") == "cpu"
-    assert chosen("cuda", F64) == chosen("cuda", options=("k > 2048",)) == "tiled"
-    others = [
-        op for op in ("topk", "sampled_dot", "knn_vote") if registry.resolve(op, "cuda", torch.float32, None) == "cuda"
-    ]
-    assert others == []
+    assert chosen("cuda", F64) == chosen("cuda", options=("long",)) == "tiled"
     assert registry.IMPLEMENTATIONS["cuda"] not in registry.candidates(Call("pq_topk", "cpu", torch.float32))
 
 

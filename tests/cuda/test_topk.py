@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastret.backends import registry
+from fastret.backends import choices, registry
 from fastret.backends.cpu.array import array
 from fastret.backends.cuda import topk as backend
 from fastret.backends.pairs import PairMask
@@ -183,10 +183,11 @@ def test_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.resolve("topk", "cpu", torch.float32, None) == "cpu"
     monkeypatch.setattr(registry.Implementation, "missing", lambda self: None)
     monkeypatch.setattr("fastret.backends.cuda.unsupported", lambda call: None)
+    assert registry.resolve("topk", "cuda", torch.float32, None) == "tiled"  # nothing is measured
+    monkeypatch.setattr(choices, "measured_here", lambda op: ("cuda",))
     assert registry.resolve("topk", "cuda", torch.float32, None) == "cuda"
     assert registry.resolve("topk", "cuda", torch.float32, None, ("long",)) == "tiled"
     assert registry.resolve("topk", "cuda", F64, None) == "tiled"
-    assert registry.resolve("knn_vote", "cuda", torch.float32, None) == "tiled"
     assert registry.resolve("topk", "cpu", torch.float32, None) == "cpu"
 
 

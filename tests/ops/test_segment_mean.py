@@ -225,7 +225,7 @@ X, INDEX = torch.randn(4, 3), torch.tensor([0, 1, -1, 1])
         ({"reduce": "max"}, ValueError, "reduce: expected one of mean, sum, got 'max'"),
         ({"x": X[0]}, ValueError, r"x: expected shape \(rows, width\)"),
         ({"x": X.long()}, TypeError, "x: expected float32"),
-        ({"impl": "cuda"}, ValueError, "impl: expected one of"),
+        ({"impl": "gpu"}, ValueError, "impl: expected one of"),
     ],
 )
 @pytest.mark.parametrize("impl", EVERY)
