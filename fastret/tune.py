@@ -25,7 +25,7 @@ ROUNDS = 4
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
-# Smallest and largest of what is varied. What is missing here is no matter of speed alone: SLICE and CHUNK.
+# Smallest and largest of what is varied. What is missing here is no matter of speed alone: SLICE, CHUNK and FACTORED.
 _RANGES = {
     "BLOCK_M": (16, 256),
     "BLOCK_N": (16, 256),

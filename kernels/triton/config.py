@@ -39,7 +39,9 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
     return {"sm_80": options, "gfx942": options}
 
 
-# scores: tiles of S as they are. sums: reductions along rows of S, for CHUNK positives of a query a sweep.
+# scores: tiles of S as they are. FACTORED, for all of rank_sums: sigmoids of bounded scores take one reciprocal, 2: in
+# NVIDIA's instruction; 0: an exponential each too.
+# sums: reductions along rows of S, for CHUNK positives of a query a sweep.
 # gradient: tiles of S, recomputed, times rows; SLICE, ascending: features a program accumulates in registers.
 # pair scores, pair gradient: BLOCK_P pairs at a time.
 # sampled scores, sampled gradient: BLOCK_S rows of a bank at a time, by the bytes of its elements.
@@ -53,9 +55,9 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
 # Kinds that end in tf32 take the place of the others where float32 products are taken in TF32.
 # CUDA architectures ascend; one that is not listed takes the nearest older one.
 _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
-    ("scores", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
-    ("scores", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
-    ("scores", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
+    ("scores", 2): {"sm_80": (_tile(64, 64, 64, 8, 3, FACTORED=2),), "gfx942": (_tile(64, 64, 64, 4, 2, FACTORED=1),)},
+    ("scores", 4): {"sm_80": (_tile(64, 64, 16, 8, 2, FACTORED=2),), "gfx942": (_tile(64, 64, 16, 4, 2, FACTORED=1),)},
+    ("scores", 8): {"sm_80": (_tile(32, 32, 32, 4, 2, FACTORED=1),), "gfx942": (_tile(32, 32, 32, 4, 2, FACTORED=1),)},
     ("sums", 2): {"sm_80": (_tile(64, 64, 64, 8, 3, CHUNK=16),), "gfx942": (_tile(64, 64, 64, 4, 2, CHUNK=16),)},
     ("sums", 4): {"sm_80": (_tile(64, 64, 16, 8, 2, CHUNK=16),), "gfx942": (_tile(64, 64, 16, 4, 2, CHUNK=16),)},
     ("sums", 8): {"sm_80": (_tile(32, 32, 32, 4, 2, CHUNK=16),), "gfx942": (_tile(32, 32, 32, 4, 2, CHUNK=16),)},
@@ -203,7 +205,7 @@ _INTERPRETED: dict[str, Options] = {
     "assign": _assign(16, 16, 1, 128),
     "assign rows": _assign(16, 16, 1, 128),
     "assign words": _assign(16, 16, 1, 128),
-    "scores": _tile(16, 16, 32, 1, 1),
+    "scores": _tile(16, 16, 32, 1, 1, FACTORED=1),
     "sums": _tile(16, 16, 32, 1, 1, CHUNK=4),
     "gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
 }

@@ -102,3 +102,27 @@ def sigmoid2_slope(z):
     e = tl.exp2(-tl.abs(z))
     u = 1.0 / (1.0 + e)
     return e * u * u
+
+
+@triton.jit
+def reciprocal(y, FACTORED: tl.constexpr):
+    """1 / y. FACTORED = 2, for float32 on NVIDIA GPUs: without the scaling that division does for y above 2^126, where
+    this is 0, and below 2^-126, where this is infinite; the operation and its accuracy are those of a division."""
+    if FACTORED == 2 and y.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / y
+
+
+@triton.jit
+def factored_sigmoid(ratio, FACTORED: tl.constexpr):
+    """sigmoid2(z) for ratio = 2^(-z / 2); 0 where its square overflows, 1 where it vanishes."""
+    return reciprocal(1.0 + ratio * ratio, FACTORED)
+
+
+@triton.jit
+def factored_slope_root(ratio, inverse, FACTORED: tl.constexpr):
+    """The square root of sigmoid2_slope(z) for ratio = 2^(-z / 2) and its inverse; 0 where either overflows."""
+    return reciprocal(ratio + inverse, FACTORED)

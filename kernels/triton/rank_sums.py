@@ -19,6 +19,15 @@ would run, several share a block of rows and write parts of its sums, which the 
 ``own`` is the slot of the query itself where it is excluded (a constant pair, nobody's competitor), else -1; kernels
 take it as ``self_slot``, None where no query is excluded.
 
+Where scores are bounded (backends/triton/rank_sums.py), a sigmoid of a negative is one reciprocal (FACTORED). Of half
+a score, s = 2^(-z_qj / 2) is taken once a tile, f = 2^(z_qi / 2) once a positive pair, and so their inverses s', f':
+
+    u(z_qj - z_qi) = 1 / (1 + (s f)^2),        u' = 1 / (s f + s' f')^2
+
+Neither cancels, and products that overflow or vanish give the limits 0 and 1; exponentials of whole scores would leave
+the range of float32 at a temperature of 0.01. ``roots`` (2, P) holds f and f'. Elsewhere each sigmoid takes an
+exponential of its own, as those of positives, which are few, always do: u(0) is exactly 1/2.
+
 The strip plan stores the scores of a strip of queries with the whole gallery. The kernels that sweep the gallery read
 them where y is None, and ``rank_weights_kernel`` turns them into dS, which the caller multiplies by the rows.
 """
@@ -29,6 +38,8 @@ import triton.language as tl
 from fastret.kernels.triton.pairwise import (
     LN2,
     add_weighted_rows,
+    factored_sigmoid,
+    factored_slope_root,
     owned_columns,
     owned_rows,
     score_tile,
@@ -58,12 +69,21 @@ def load_slot(table, pair, count, own, slot, other):
     return tl.load(table + pair + slot, mask=(slot < count) & (slot != own), other=other)
 
 
+@triton.jit
+def load_roots(roots, pairs, pair, count, slot):
+    """f and f' of one slot of each query; 1 where there is none. That of the query itself counts for nothing later."""
+    place, exists = pair + slot, slot < count
+    return tl.load(roots + place, mask=exists, other=1.0), tl.load(roots + pairs + place, mask=exists, other=1.0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def positive_scores_kernel(
-    x, y, start, size, first, scale, scores, n, m, width, PRECISION: tl.constexpr,
+    x, y, start, size, first, scale, scores, roots, n, m, width, pairs,
+    PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """scores (P,): z of every positive pair, from the stretch of the gallery that the classes of a block span."""
+    """scores (P,): z of every positive pair, from the stretch of the gallery that the classes of a block span; where
+    FACTORED, their roots too."""
     row, exists = owned_rows(n, BLOCK_M)
     begin, count, pair, _ = load_queries(row, start, size, first, None)
     scale = tl.load(scale)
@@ -72,7 +92,11 @@ def positive_scores_kernel(
         z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, PRECISION, BLOCK_K)
         slot = column[None, :] - begin[:, None]
         wanted = (slot >= 0) & (slot < count[:, None]) & exists[:, None]
-        tl.store(scores + pair[:, None] + slot, z, mask=wanted)
+        target = pair[:, None] + slot
+        tl.store(scores + target, z, mask=wanted)
+        if FACTORED:
+            tl.store(roots + target, tl.exp2(0.5 * z), mask=wanted)
+            tl.store(roots + pairs + target, tl.exp2(-0.5 * z), mask=wanted)
 
 
 @triton.jit
@@ -87,9 +111,28 @@ def add_sums(total, z, scores, pair, count, own, chunk, largest, SLOPE: tl.const
 
 
 @triton.jit
+def add_factored_sums(
+    total, z, roots, pairs, pair, count, chunk, largest, SLOPE: tl.constexpr, FACTORED: tl.constexpr
+):  # fmt: skip
+    """``add_sums`` with one reciprocal a summand; sums for slots that a query lacks are finite."""
+    slots = (chunk + tl.arange(0, total.shape[1]))[None, :]
+    s, s_inverse = tl.exp2(-0.5 * z), tl.exp2(0.5 * z)
+    for i in range(chunk, tl.minimum(chunk + total.shape[1], largest)):
+        f, f_inverse = load_roots(roots, pairs, pair, count, i)
+        if SLOPE:
+            root = factored_slope_root(s * f[:, None], s_inverse * f_inverse[:, None], FACTORED)
+            u = root * root
+        else:
+            u = factored_sigmoid(s * f[:, None], FACTORED)
+        total += tl.where(slots == i, tl.sum(u, 1)[:, None], 0.0)
+    return total
+
+
+@triton.jit
 def sum_negatives(
-    x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale,
-    SLOPE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, y, scores, roots, pairs, row, begin, count, pair, own, chunk, largest, m, width, scale,
+    SLOPE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(M, CHUNK) sums of u, or u', of z_qj - z_qi over the negatives j among this program's columns."""
     total = tl.zeros((row.shape[0], CHUNK), dtype=scale.dtype)
@@ -99,14 +142,18 @@ def sum_negatives(
         z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, PRECISION, BLOCK_K)
         slot = column[None, :] - begin[:, None]
         negative = ((slot < 0) | (slot >= count[:, None])) & (column < m)[None, :]
-        total = add_sums(total, tl.where(negative, z, -INF), scores, pair, count, own, chunk, largest, SLOPE)
+        z = tl.where(negative, z, -INF)
+        if FACTORED:
+            total = add_factored_sums(total, z, roots, pairs, pair, count, chunk, largest, SLOPE, FACTORED)
+        else:
+            total = add_sums(total, z, scores, pair, count, own, chunk, largest, SLOPE)
     return total
 
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_sums_kernel(
-    x, y, start, size, first, self_slot, scale, scores, rank_all, rank_pos, n, m, width, pairs,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, start, size, first, self_slot, scale, scores, roots, rank_all, rank_pos, n, m, width, pairs,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """rank_all, rank_pos (parts, P), to be summed over the parts: grid axis 1 divides the competitors.
@@ -120,8 +167,8 @@ def rank_sums_kernel(
     largest = tl.max(count)
     for chunk in range(0, largest, CHUNK):
         negatives = sum_negatives(
-            x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale,
-            False, CHUNK, PRECISION, BLOCK_N, BLOCK_K,
+            x, y, scores, roots, pairs, row, begin, count, pair, own, chunk, largest, m, width, scale,
+            False, CHUNK, PRECISION, FACTORED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         positives = tl.zeros((BLOCK_M, CHUNK), dtype=scale.dtype)
         for low in range(part * CHUNK, largest, parts * CHUNK):
@@ -141,8 +188,8 @@ def rank_sums_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def pair_gradient_kernel(
-    x, y, start, size, first, self_slot, scale, scores, grad_all, grad_pos, grad_scores, n, m, width, pairs,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, start, size, first, self_slot, scale, scores, roots, grad_all, grad_pos, grad_scores, n, m, width, pairs,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_scores (parts, P), to be summed over the parts: tau dS of every positive pair, 0 for the excluded one."""
@@ -153,8 +200,8 @@ def pair_gradient_kernel(
     largest = tl.max(count)
     for chunk in range(0, largest, CHUNK):
         negatives = sum_negatives(
-            x, y, scores, row, begin, count, pair, own, chunk, largest, m, width, scale,
-            True, CHUNK, PRECISION, BLOCK_N, BLOCK_K,
+            x, y, scores, roots, pairs, row, begin, count, pair, own, chunk, largest, m, width, scale,
+            True, CHUNK, PRECISION, FACTORED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         slots = (chunk + tl.arange(0, CHUNK))[None, :]
         positives = tl.zeros((BLOCK_M, CHUNK), dtype=scale.dtype)
@@ -174,22 +221,35 @@ def pair_gradient_kernel(
 
 
 @triton.jit
-def add_gradient(t, z, competitor, valid, scores, grad_all, grad_scores, begin, count, pair, own, AXIS: tl.constexpr):
+def add_gradient(
+    t, z, competitor, valid, scores, roots, pairs, grad_all, grad_scores, begin, count, pair, own,
+    AXIS: tl.constexpr, FACTORED: tl.constexpr,
+):  # fmt: skip
     """t + tau dS of the pairs in z, whose queries are its rows (AXIS 1) or its columns (AXIS 0)."""
     slot = competitor - tl.expand_dims(begin, AXIS)
     positive = (slot >= 0) & (slot < tl.expand_dims(count, AXIS))
     z = tl.where(valid & ~positive, z, -INF)
-    for i in range(0, tl.max(count)):
-        z_i = load_slot(scores, pair, count, own, i, INF)
-        a_i = load_slot(grad_all, pair, count, own, i, 0.0)
-        t += tl.expand_dims(a_i, AXIS) * sigmoid2_slope(z - tl.expand_dims(z_i, AXIS))
+    if FACTORED:
+        s, s_inverse = tl.exp2(-0.5 * z), tl.exp2(0.5 * z)
+        for i in range(0, tl.max(count)):
+            f, f_inverse = load_roots(roots, pairs, pair, count, i)
+            a_i = load_slot(grad_all, pair, count, own, i, 0.0)
+            inverse = s_inverse * tl.expand_dims(f_inverse, AXIS)
+            root = factored_slope_root(s * tl.expand_dims(f, AXIS), inverse, FACTORED)
+            t += tl.expand_dims(a_i, AXIS) * root * root
+    else:
+        for i in range(0, tl.max(count)):
+            z_i = load_slot(scores, pair, count, own, i, INF)
+            a_i = load_slot(grad_all, pair, count, own, i, 0.0)
+            t += tl.expand_dims(a_i, AXIS) * sigmoid2_slope(z - tl.expand_dims(z_i, AXIS))
     return t + tl.load(grad_scores + tl.expand_dims(pair, AXIS) + slot, mask=valid & positive, other=0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_gradient_kernel(
-    u, v, start, size, first, self_slot, scale, scores, grad_all, grad_scores, du, n, m, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    u, v, start, size, first, self_slot, scale, scores, roots, grad_all, grad_scores, du, n, m, width, pairs,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
+    PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """du (parts, n, width), to be summed over the parts: T v for rows u (n, width) and columns v (m, width).
@@ -211,12 +271,16 @@ def rank_gradient_kernel(
         z = score_tile(u, v, row, column, width, scale, PRECISION, BLOCK_K)
         t = tl.zeros_like(z)
         if ROWS:
-            t = add_gradient(t, z, column[None, :], valid, scores, grad_all, grad_scores, begin, count, pair, own, 1)
+            t = add_gradient(
+                t, z, column[None, :], valid,
+                scores, roots, pairs, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED,
+            )  # fmt: skip
         if COLUMNS:
             begin_c, count_c, pair_c, own_c = load_queries(column, start, size, first, self_slot)
             t = add_gradient(
-                t, z, row[:, None], valid, scores, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, 0
-            )
+                t, z, row[:, None], valid,
+                scores, roots, pairs, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, 0, FACTORED,
+            )  # fmt: skip
         total = add_weighted_rows(total, t, v, column, feature, width, PRECISION)
     target = du + (tl.program_id(2).to(tl.int64) * n + row)[:, None] * width + feature[None, :]
     tl.store(target, total * (scale * LN2), mask=exists[:, None] & (feature < width)[None, :])
@@ -224,8 +288,8 @@ def rank_gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_weights_kernel(
-    strip, weights, start, size, first, self_slot, scale, scores, grad_all, grad_scores, n, m, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    strip, weights, start, size, first, self_slot, scale, scores, roots, grad_all, grad_scores, n, m, width, pairs,
+    FACTORED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """weights = dS of the stored scores (n, m) of queries, both ``width`` apart, and in place where they are the same;
     grid axis 1 divides the gallery."""
@@ -239,5 +303,7 @@ def rank_weights_kernel(
         place = row.to(tl.int64)[:, None] * width + column
         z = tl.load(strip + place, mask=valid, other=0.0) * scale
         t = tl.zeros_like(z)
-        t = add_gradient(t, z, column, valid, scores, grad_all, grad_scores, begin, count, pair, own, 1)
+        t = add_gradient(
+            t, z, column, valid, scores, roots, pairs, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED
+        )
         tl.store(weights + place, (t * (scale * LN2)).to(weights.dtype.element_ty), mask=valid)

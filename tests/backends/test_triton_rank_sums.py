@@ -4,16 +4,20 @@ The interpreter's blocks are 16 rows, 16 columns, 32 features and chunks of 4 po
 of each and a rest on every axis. On a GPU the same classes come several times over, in wider rows.
 """
 
+import math
+
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastret.backends.segments import label_segments
 from fastret.backends.triton import rank_sums as backend
 from fastret.backends.triton.rows import ALIGNMENT, padded
-from fastret.kernels.triton import config
+from fastret.kernels.triton import config, tuned
 from fastret.kernels.triton import rank_sums as kernels
+from fastret.kernels.triton.pairwise import factored_sigmoid, factored_slope_root
 from fastret.ops import rank_sums
 
 F64 = torch.float64
@@ -216,6 +220,72 @@ def test_saturated_sigmoids() -> None:
     actual = values_and_gradients(x.float(), labels, **options, impl="triton")
     assert all(t.isfinite().all() for t in actual)
     assert_close(actual[:2], expected[:2], 1e-3, 0)
+
+
+@triton.jit
+def sigmoids_kernel(negative, positive, value, slope, SIZE: tl.constexpr, FACTORED: tl.constexpr):
+    k = tl.arange(0, SIZE)
+    z, z_i = tl.load(negative + k), tl.load(positive + k)
+    ratio = tl.exp2(-0.5 * z) * tl.exp2(0.5 * z_i)
+    inverse = tl.exp2(0.5 * z) * tl.exp2(-0.5 * z_i)
+    root = factored_slope_root(ratio, inverse, FACTORED)
+    tl.store(value + k, factored_sigmoid(ratio, FACTORED))
+    tl.store(slope + k, root * root)
+
+
+@pytest.mark.parametrize("factored", [1, 2] if COMPILED else [1])
+def test_factored_sigmoids_are_those_of_differences(factored: int) -> None:
+    """To 5 units in the last place, as far as float32 has normal numbers, for all scores that they are taken of: fewer
+    than the rounding of a difference of such scores costs."""
+    generator = torch.Generator().manual_seed(0)
+    size = 1 << 16
+    positive = (torch.rand(size, generator=generator) * 2 - 1) * backend._LARGEST
+    spread = torch.logspace(-3, math.log10(2 * backend._LARGEST), size) * torch.randn(size, generator=generator).sign()
+    negative = (positive + spread).clamp(-backend._LARGEST, backend._LARGEST)
+    positive, negative = positive.to(DEVICE), negative.to(DEVICE)
+    value, slope = torch.empty_like(positive), torch.empty_like(positive)
+    sigmoids_kernel[(1,)](negative, positive, value, slope, SIZE=size, FACTORED=factored)
+    z = (negative.to(F64) - positive.to(F64)) * math.log(2)
+    for actual, expected in ((value, z.sigmoid()), (slope, z.sigmoid() * (-z).sigmoid())):
+        error = (actual.to(F64) - expected).abs()
+        assert (error <= 5 * 2.0**-23 * expected + 2.0**-126).all(), (error / expected).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_at_the_ends_of_what_is_factored(dtype: torch.dtype) -> None:
+    """Rows that are equal, and opposite: products of roots overflow, the ranks and gradients do not."""
+    _, labels = problem((4, 5, 9), 16)
+    generator = torch.Generator().manual_seed(5)
+    row = torch.randn(16, generator=generator, dtype=F64).to(DEVICE)
+    x = torch.where(torch.arange(len(labels), device=DEVICE)[:, None] % 3 == 0, -row, row)
+    x[::2] += 0.2 * torch.randn(len(x[::2]), 16, generator=generator, dtype=F64).to(DEVICE)
+    x = x.to(dtype)
+    for temperature, factored in ((math.log2(math.e) / 239.9, True), (math.log2(math.e) / 240.1, False)):
+        prepared = backend._prepare(x, None, label_segments(labels), 1, temperature, False, True)
+        assert (prepared.roots is not None) == factored
+        assert not backend._prepare(x, None, label_segments(labels), 1, temperature, False, False).factored
+        options = {"temperature": temperature, "impl": "triton"}
+        actual = values_and_gradients(x, labels, **options)
+        rounded = dtype if dtype.itemsize == 2 else None
+        options["impl"] = "reference"
+        expected = values_and_gradients(x.to(F64), labels, rounded=rounded, **options)
+        assert all(t.isfinite().all() for t in actual)
+        compared = 3 if dtype == torch.float32 else 2  # gradients of rows so near to each other are differences
+        assert_close(actual[:compared], expected[:compared], 3e-6, 2e-5)  # scores of 240 are rounded to 2^-17
+
+
+def test_an_exponential_for_each_sigmoid(strips: None) -> None:
+    """What FACTORED = 0 asks for, and gets: ranks that differ in their last digits, and no more."""
+    x, labels = problem((4, 5, 9), 37)
+    x = x.float()
+    options = {"temperature": 0.05, "exclude_self": True}
+    entry = config.lookup("scores", DEVICE, x.dtype)
+    factored = values_and_gradients(x, labels, **options, impl="triton")
+    with config.overriding(tuned.name("scores", 4, entry), {**entry, "FACTORED": 0}):
+        direct = values_and_gradients(x, labels, **options, impl="triton")
+    expected = values_and_gradients(x.to(F64), labels, **options, impl="reference")
+    assert_close(direct, expected, *BOUNDS[torch.float32])
+    assert not torch.equal(direct[0], factored[0])
 
 
 def test_equal_from_run_to_run() -> None:

@@ -112,23 +112,30 @@ def accumulated(dtype: str) -> str:
 def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     """Sides of the gradient at its largest slice only."""
     real = accumulated(dtype)
-    stored = {"x": real, "y": None}
+    stored, direct = {"x": real, "y": None}, {"roots": None}
+    factored, unbounded = {"FACTORED": choices("scores")[0]["FACTORED"]}, {"FACTORED": 0}
     for options in choices("scores"):
         yield Variant(rank_sums.positive_scores_kernel, {**options})
+        yield Variant(rank_sums.positive_scores_kernel, {**options, **unbounded}, "", direct, rare=True)
     for options in choices("sums"):
         for kernel in (rank_sums.rank_sums_kernel, rank_sums.pair_gradient_kernel):
-            yield Variant(kernel, {**options})
+            yield Variant(kernel, {**options, **factored})
+            yield Variant(kernel, {**options, **unbounded}, "", direct, rare=True)
     for options in choices("gradient"):
-        yield Variant(rank_sums.rank_gradient_kernel, {**options, "ROWS": True, "COLUMNS": True})
+        both = {**options, "ROWS": True, "COLUMNS": True}
+        yield Variant(rank_sums.rank_gradient_kernel, {**both, **factored})
+        yield Variant(rank_sums.rank_gradient_kernel, {**both, **unbounded}, "", direct, rare=True)
     for rows in (True, False):
-        sides, every = {"ROWS": rows, "COLUMNS": not rows}, {"self_slot": None}
+        sides, every = {"ROWS": rows, "COLUMNS": not rows, **factored}, {"self_slot": None}
         yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides}, "", every, rare=True)
     for options in choices("strip"):
-        yield Variant(rank_sums.rank_weights_kernel, {**options})
-        swept = {**options, "BLOCK_K": 0, "CHUNK": choices("sums")[0]["CHUNK"]}
+        yield Variant(rank_sums.rank_weights_kernel, {**options, **factored})
+        yield Variant(rank_sums.rank_weights_kernel, {**options, **unbounded}, "", direct, rare=True)
+        swept = {**options, **factored, "BLOCK_K": 0, "CHUNK": choices("sums")[0]["CHUNK"]}
         yield Variant(rank_sums.rank_sums_kernel, swept, "stored", stored)
         yield Variant(rank_sums.pair_gradient_kernel, swept, "stored", stored)
-        yield Variant(rank_sums.positive_scores_kernel, {**options, "BLOCK_K": 0}, "stored", stored, rare=True)
+        scored = {**options, **factored, "BLOCK_K": 0}
+        yield Variant(rank_sums.positive_scores_kernel, scored, "stored", stored, rare=True)
 
 
 def head(

@@ -22,6 +22,10 @@ from fastret.backends.triton.rows import pack_padded, padded, total
 from fastret.kernels.triton import config
 from fastret.kernels.triton import rank_sums as kernels
 
+# The scale up to which sigmoids are factored: 2 to half the score of unit rows, which rounding may lengthen, then stays
+# within float32, inverse and all. Rows that are not normalised have no bound that the host knows.
+_LARGEST = 240.0
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -33,6 +37,8 @@ class _Problem:
         segments: start, size and first pair of each sorted query, and where it is excluded its slot; (N,) int64 each.
         scale: log2(e) / temperature, 0-dim, in the dtype of accumulation: a kernel's float argument is float32.
         scores: (P,) scaled scores of the positive pairs; ``score_positives`` fills it.
+        roots: (2, P), square roots of 2^scores and their inverses, filled likewise, where sigmoids are factored.
+        factored: how they are, as the kernels' FACTORED; 0: they are not.
     """
 
     x: PackedRows
@@ -41,19 +47,22 @@ class _Problem:
     segments: tuple[Tensor, Tensor, Tensor, Tensor | None]
     scale: Tensor
     scores: Tensor
+    roots: Tensor | None
+    factored: int
 
     def score_positives(self) -> None:
         """Fills ``scores``."""
         x, y = self.x.rows, self.y.rows
         options = config.lookup("scores", x.device, x.dtype)
+        tables = self.scores, self.roots
         kernels.positive_scores_kernel[(triton.cdiv(len(x), options["BLOCK_M"]),)](
-            *(x, y, *self.segments[:3], self.scale, self.scores, len(x), len(y), self.width),
+            *(x, y, *self.segments[:3], self.scale, *tables, len(x), len(y), self.width, len(self.scores)),
             PRECISION=config.precision(x.dtype),
-            **options,
+            **{**options, "FACTORED": self.factored},
         )
 
     def pairs(self) -> rank_sums_strips.Pairs:
-        return rank_sums_strips.Pairs(self.segments, self.scale, self.scores)
+        return rank_sums_strips.Pairs(self.segments, self.scale, self.scores, self.roots, self.factored)
 
     def strips(self) -> Strips | None:
         """The strips to go through; None where the fused kernels do better, or no strip fits."""
@@ -69,8 +78,10 @@ class _Problem:
         parts = config.parts(x.device, blocks, triton.cdiv(len(y), options["BLOCK_N"]))
         tables = [self.scores.new_empty(parts, pairs) for _ in range(count)]
         kernel[blocks, parts](
-            *(x, y, *self.segments, self.scale, self.scores, *inputs, *tables, len(x), len(y), self.width, pairs),
+            *(x, y, *self.segments, self.scale, self.scores, self.roots, *inputs, *tables),
+            *(len(x), len(y), self.width, pairs),
             PRECISION=config.precision(x.dtype),
+            FACTORED=self.factored,
             **options,
         )
         return [total(t) for t in tables]
@@ -84,10 +95,12 @@ class _Problem:
         parts = config.parts(u.device, blocks * slices, triton.cdiv(m, options["BLOCK_N"]))
         du = self.scores.new_empty(parts, n, self.width)
         kernels.rank_gradient_kernel[blocks, slices, parts](
-            *(u, v, *self.segments, self.scale, self.scores, grad_all, grad_scores, du, n, m, self.width),
+            *(u, v, *self.segments, self.scale, self.scores, self.roots, grad_all, grad_scores, du),
+            *(n, m, self.width, len(self.scores)),
             ROWS=of_x,
             COLUMNS=of_y,
             PRECISION=config.precision(u.dtype),
+            FACTORED=self.factored,
             **options,
         )
         return total(du)[:, : u.shape[1]]
@@ -103,13 +116,17 @@ def _prepare(
     dtype = accumulation_dtype(x.dtype)
     start = s.start[order]
     slot = torch.arange(len(x), device=x.device) - start if exclude_self else None
+    scale = math.log2(math.e) / temperature
+    factored = config.lookup("scores", x.device, x.dtype)["FACTORED"] if normalize and scale <= _LARGEST else 0
     return _Problem(
         queries,
         gallery,
         width,
         (start, s.count[order], s.first_pair()[order], slot),
-        torch.full((), math.log2(math.e) / temperature, dtype=dtype, device=x.device),
+        torch.full((), scale, dtype=dtype, device=x.device),
         torch.empty(pairs, dtype=dtype, device=x.device),
+        torch.empty(2, pairs, dtype=dtype, device=x.device) if factored else None,
+        factored,
     )
 
 
