@@ -30,17 +30,17 @@ def unit_rows(x: Tensor) -> Tensor:
 
 def poison(*rows: Tensor) -> Tensor:
     """0, or NaN when any element is NaN or infinite: a bounded function of the scores would hide it."""
-    total = torch.zeros((), dtype=accumulation_dtype(rows[0].dtype), device=rows[0].device)
-    for r in rows:
-        if r.numel():
-            low, high = r.detach().aminmax()
-            total = total + 0 * low.to(total.dtype) + 0 * high.to(total.dtype)
+    wide = accumulation_dtype(rows[0].dtype)
+    extremes = [v.to(wide) for r in rows if r.numel() for v in r.detach().aminmax()]
+    if not extremes:
+        return torch.zeros((), dtype=wide, device=rows[0].device)
+    total: Tensor = (0 * torch.stack(extremes)).sum()
     return total
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows sorted by ``order`` and, where asked, divided by ``norms`` (N, 1)."""
+    """Rows sorted by ``order``, or in their own, slice(None), and, where asked, divided by ``norms`` (N, 1)."""
 
     rows: Tensor
     order: Tensor | slice
@@ -52,6 +52,8 @@ class PackedRows:
             u = self.rows.to(du.dtype)
             radial = (du * u).sum(1, keepdim=True)
             du = (du - torch.where(self.norms > NORM_EPS, radial, 0) * u) / self.norms
+        if isinstance(self.order, slice):
+            return du.to(dtype)
         dx = torch.empty(du.shape, dtype=dtype, device=du.device)
         dx[self.order] = du.to(dtype)
         return dx

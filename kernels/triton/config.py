@@ -98,7 +98,11 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("sampled gradient", 8): _everywhere(_options(4, 1, BLOCK_S=16, SLICE=128)),
     **{("patchmix", size): _everywhere(_options(4, 1, BLOCK_P=8, BLOCK_W=128)) for size in (1, 2, 4, 8)},
     **{("update rows", size): _everywhere(_options(4, 1, BLOCK_D=512)) for size in (2, 4, 8)},
-    ("lse", 2): {"sm_80": (_tile(64, 64, 64, 8, 3),), "gfx942": (_tile(64, 64, 64, 4, 2),)},
+    ("lse", 2): {
+        "sm_80": (_tile(64, 64, 32, 8, 3),),
+        "sm_90": (_tile(64, 64, 64, 8, 3),),
+        "gfx942": (_tile(64, 64, 64, 4, 2),),
+    },
     ("lse", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
     ("lse", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
     ("lse gradient", 2): {

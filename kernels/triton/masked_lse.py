@@ -11,8 +11,10 @@ date tile by tile. Backward recomputes tiles of S for all heads at once,
     W = g P + h Y,      T = sum over heads of scale W,      du = T v
 
 and sums of W, and of W s, along the program's rows: the gradients of biases and, once added up, of the scale. A
-program writes rows that it alone owns; where too few would run, several share a block of rows and write parts of its
-sums, which the caller adds. No atomics.
+program writes rows that it alone owns. Where too few would run, several share a block of rows and write parts of its
+sums: those of forward are merged by the last program of a block to arrive, in the order of the parts, so that nothing
+depends on which one it is; those of backward, whose parts are as wide as the rows, by the caller, who has the whole GPU
+for it. The only atomics count arrivals.
 
 TRANSPOSED gives programs that own columns the tile (rows, columns) that those owning rows have, turned round: lse and
 P then see the same rounding of a score, which would else not cancel in l - lse. Masks by threshold need the same bits
@@ -31,6 +33,7 @@ from fastret.kernels.triton.pairwise import (
     add_weighted_rows,
     dot_tile,
     exponential,
+    last_to_arrive,
     owned_columns,
     owned_rows,
     stored_tile,
@@ -65,13 +68,26 @@ def add_exponentials(high, total, z):
     return highest, total * exponential(high - safe) + tl.sum(exponential(z - safe[:, None]), 1)
 
 
+@triton.jit
+def summed(head, high, total):
+    """What a head's running maximum and sum come to: their lse, or the sum itself where a phi is summed."""
+    if head.reduce == "lse":
+        return tl.where(high == -INF, 0.0, high) + tl.log2(total) * LN2
+    else:
+        return total
+
+
 @triton.jit(do_not_specialize=("head", *VARYING))
 def masked_lse_kernel(
-    u, v, head, lse, t, n, m, width, first_column,
+    u, v, head, lse, t, parts, arrived, n, m, width, first_column,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """lse, or the sum of a phi, and t (parts, n) of one head: grid axis 1 divides the other side."""
+    """lse, or the sum of a phi, and t (n,) of one head: grid axis 1 divides the other side.
+
+    parts, arrived: room for (programs along axis 1, 2, n) of the same and zeros (blocks of rows,), int32; None where
+    axis 1 has one program.
+    """
     own, exists = owned_rows(n, BLOCK_M)
     dtype: tl.constexpr = lse.dtype.element_ty
     high = tl.full((BLOCK_M,), -INF, dtype)
@@ -94,11 +110,31 @@ def masked_lse_kernel(
         if head.scored:
             y = target_weights(head, s, i, j, first_column, valid)
             score += tl.sum(tl.where(valid, y * z, 0.0), 1)
-    place = tl.program_id(1).to(tl.int64) * n + own
-    if head.reduce == "lse":
-        total = tl.where(high == -INF, 0.0, high) + tl.log2(total) * LN2
-    tl.store(lse + place, total, mask=exists)
-    tl.store(t + place, score, mask=exists)
+    total = summed(head, high, total)
+    if arrived is None:
+        tl.store(lse + own, total, mask=exists)
+        tl.store(t + own, score, mask=exists)
+    else:
+        place = parts + tl.program_id(1).to(tl.int64) * 2 * n + own
+        tl.store(place, total, mask=exists)
+        if head.scored:
+            tl.store(place + n, score, mask=exists)
+        if last_to_arrive(arrived, 1):
+            high = tl.full((BLOCK_M,), -INF, dtype)
+            total = tl.zeros((BLOCK_M,), dtype)
+            score = tl.zeros((BLOCK_M,), dtype)
+            place = parts + own
+            for _ in range(0, tl.num_programs(1)):
+                value = tl.load(place)
+                if head.reduce == "lse":
+                    high, total = add_exponentials(high, total, value[:, None])
+                else:
+                    total += value
+                if head.scored:
+                    score += tl.load(place + n)
+                place += 2 * n
+            tl.store(lse + own, summed(head, high, total), mask=exists)
+            tl.store(t + own, score, mask=exists)
 
 
 @triton.jit

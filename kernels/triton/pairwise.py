@@ -31,6 +31,15 @@ def owned_columns(m, AXIS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def last_to_arrive(arrived, AXIS: tl.constexpr):
+    """Whether this program is the last along a grid axis of those that own the same rows; it may then read what all of
+    them stored before. ``arrived``: a zero for each block of rows."""
+    tl.debug_barrier()  # the thread that counts releases, and acquires, for all of the program
+    before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+    return before == tl.num_programs(AXIS) - 1
+
+
+@triton.jit
 def stored_tile(scores, row, column, width):
     """Elements (row, column), which broadcast, of a matrix whose rows are ``width`` apart."""
     return tl.load(scores + row.to(tl.int64) * width + column)

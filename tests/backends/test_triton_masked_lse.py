@@ -428,13 +428,29 @@ def test_equal_from_run_to_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip([*one[0], *one[1]], [*two[0], *two[1]], strict=True))
 
 
-def test_one_sweep_form() -> None:
-    x, weight = rows(N, 12), uniform(N)
+@pytest.mark.parametrize("gallery", [True, False])
+@pytest.mark.parametrize("plan", ["fused", "strips"])
+def test_one_sweep_form(request: pytest.FixtureRequest, plan: str, gallery: bool) -> None:
+    """With everything that has a gradient; a row of weight 0 counts nothing, though no pair of it is allowed."""
+    request.getfixturevalue(plan)
+    m = M if gallery else N
+    weight = uniform(N)
+    weight[3] = 0
+    alone = torch.arange(N, device=DEVICE)
+    mask = PairMask(
+        different=(torch.where(alone == 3, 0, 1), torch.zeros(m, dtype=torch.int64, device=DEVICE)), offset=0
+    )
     losses = []
     for impl in ("triton", "reference"):
-        leaf = x.clone().requires_grad_()
-        loss = masked_lse_sum(leaf, head=Head(4.0, PairMask(offset=0), Shifted(1, N)), row_weight=weight, impl=impl)
-        losses.append([loss.detach(), *torch.autograd.grad(7 * loss, leaf)])
+        leaves = [
+            t.requires_grad_() for t in (rows(N, 12), torch.tensor(4.0, dtype=F64), uniform(N), uniform(m, seed=4))
+        ]
+        y = rows(m, 12, seed=6).requires_grad_() if gallery else None
+        x, scale, row_bias, column_bias = (t.to(DEVICE) for t in leaves)
+        head = Head(scale, mask, Shifted(1, N), 0.1, row_bias, column_bias)
+        loss = masked_lse_sum(x, y, head=head, row_weight=weight, impl=impl)
+        wanted = leaves if y is None else [*leaves, y]
+        losses.append([loss.detach(), *torch.autograd.grad(7 * loss, wanted)])
     assert_close(*losses, 1e-13)
 
 

@@ -174,6 +174,8 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     everything = head(real, "column", every, pairs.Target(mask=every, weight=real), real)
     for options in choices("lse"):
         yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE", {"head": info_nce})
+        whole = {"head": info_nce, "parts": None, "arrived": None}
+        yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE, one part", whole, rare=True)
         yield Variant(forward, {**options, "TRANSPOSED": True}, "ProxyAnchor", {"head": proxy_anchor[0]}, rare=True)
         yield Variant(forward, {**options, "TRANSPOSED": False}, "multi-label", {"head": multi_label}, rare=True)
     for options in choices("lse gradient"):
@@ -329,7 +331,7 @@ def compiled(variant: Variant, dtype: str, target: GPUTarget) -> Any:
     """Specialised as at a launch: pointers that are arguments of their own and the width are multiples of 16."""
     names = variant.kernel.arg_names
     types = dict.fromkeys(IN_ROW_DTYPE, f"*{dtype}") | dict.fromkeys(INT64, "*i64") | dict.fromkeys(INT32, "i32")
-    types["PRECISION"] = tl.constexpr("ieee")
+    types |= {"PRECISION": tl.constexpr("ieee"), "arrived": "*i32"}
     given = {**dict.fromkeys(names, accumulated(dtype)), **types, **variant.arguments, **variant.options}
     constants: dict[tuple[int, ...], Any] = {}
     signature = {name: described(given[name], (k,), constants) for k, name in enumerate(names)}

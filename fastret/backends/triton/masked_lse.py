@@ -1,12 +1,14 @@
 """masked_lse by the kernels of kernels/triton/masked_lse.py: normalises and lays out the rows, launches, adds parts.
 
 Forward multiplies the rows once for each head; backward once for two heads of a feature width, and once more for the
-columns of a gallery. Nothing here waits for the device: launch grids follow from shapes alone, and CUDA graphs can
-capture every call. Memory beyond inputs and outputs: rows in their own dtype, their gradients in the dtype of
-accumulation, O(N + M) for each head; where sums are divided into parts, a copy of them for each.
+columns of a gallery; ``sweep`` does both with rows that are laid out once. Nothing here waits for the device: launch
+grids follow from shapes alone, and CUDA graphs can capture every call. Memory beyond inputs and outputs: rows in their
+own dtype, their gradients in the dtype of accumulation, O(N + M) for each head; where sums are divided into parts, a
+copy of them for each.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ from fastret.backends.rows import PackedRows, accumulation_dtype, poison
 from fastret.backends.triton import masked_lse_strips
 from fastret.backends.triton.heads import Upstream, arguments, by_threshold, conditions
 from fastret.backends.triton.plans import Strips, plan_for
-from fastret.backends.triton.rows import pack_padded, padded, total
+from fastret.backends.triton.rows import merging, pack_padded, padded, total
 from fastret.kernels.triton import config, pairs
 from fastret.kernels.triton import masked_lse as kernels
 
@@ -66,32 +68,33 @@ class _Problem:
         """The rows that belong to the results, and the other ones."""
         return (self.x.rows, self.y.rows) if axis == "row" else (self.y.rows, self.x.rows)
 
-    def arguments(self, head: Head, upstream: Upstream | None = None) -> pairs.Head:
-        """A head as the kernels take it."""
+    @functools.cached_property
+    def arguments(self) -> tuple[pairs.Head, ...]:
+        """The heads as the kernels take them."""
         like = torch.empty((), dtype=accumulation_dtype(self.x.rows.dtype), device=self.x.rows.device)
-        return arguments(head, like, self.columns, upstream)
+        return tuple(arguments(head, like, self.columns) for head in self.heads)
 
     def strips(self) -> Strips | None:
         """The blocks to go through; None where the fused kernels do better."""
         kind = "lse heavy" if self.heavy else "lse gradient"
         return Strips(self.x.rows, self.y.rows) if plan_for(self.x.rows, kind) == "strip" else None
 
-    def sums(self, head: Head) -> tuple[Tensor, Tensor]:
-        """lse, or the sum of a phi, and t of one head."""
+    def sums(self, head: Head, given: pairs.Head) -> tuple[Tensor, Tensor]:
+        """lse, or the sum of a phi, and t of one head; ``given``: as the kernels take it."""
         u, v = self.sides(head.axis)
         n, m = len(u), len(v)
         options = config.lookup("lse heavy" if self.heavy else "lse", u.device, u.dtype, self.width)
         blocks = triton.cdiv(n, options["BLOCK_M"])
         parts = config.parts(u.device, blocks, triton.cdiv(m, options["BLOCK_N"]))
-        lse = torch.empty(parts, n, dtype=accumulation_dtype(u.dtype), device=u.device)
+        lse = torch.empty(n, dtype=accumulation_dtype(u.dtype), device=u.device)
         t = torch.empty_like(lse)
         kernels.masked_lse_kernel[blocks, parts](
-            *(u, v, self.arguments(head), lse, t, n, m, self.width, self.first_column),
+            *(u, v, given, lse, t, *merging(lse, parts, blocks), n, m, self.width, self.first_column),
             TRANSPOSED=head.axis == "column",
             PRECISION=config.precision(u.dtype),
             **{name: value for name, value in options.items() if name != "SLICE"},
         )
-        return (lse.logsumexp(0) if head.reduce == "lse" and parts > 1 else total(lse)), total(t)
+        return lse, t
 
     def gradient(self, upstream: Sequence[Upstream], *, rows: bool, columns: bool, wanted: Sequence[bool]) -> _Sums:
         """Of the rows, of the columns, or of both where they are the same; ``wanted``: which fields of the sums."""
@@ -106,9 +109,12 @@ class _Problem:
             torch.empty(shape, dtype=accumulation_dtype(u.dtype), device=u.device) if w else None
             for shape, w in zip(shapes, wanted, strict=True)
         ]
-        arguments = tuple(self.arguments(h, given) for h, given in zip(self.heads, upstream, strict=True))
+        given = tuple(
+            head._replace(lse=lse, grad_lse=g, grad_target=h)
+            for head, (lse, g, h) in zip(self.arguments, upstream, strict=True)
+        )
         kernels.masked_lse_gradient_kernel[blocks, slices, parts](
-            *(u, v, arguments, *tables, n, m, self.width, self.first_column),
+            *(u, v, given, *tables, n, m, self.width, self.first_column),
             ROWS=rows,
             COLUMNS=columns,
             TRANSPOSED=not rows,
@@ -127,7 +133,7 @@ def _problems(
     """One for every few heads of a feature width."""
 
     def pack(rows: Tensor, width: int | None) -> PackedRows:
-        return pack_padded(rows[:, :width], torch.arange(len(rows), device=rows.device), normalize)
+        return pack_padded(rows[:, :width], slice(None), normalize)
 
     for width in dict.fromkeys(head.width for head in heads):
         u = pack(x, width)
@@ -149,25 +155,10 @@ def forward(
     x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse, t) of each head, as backends/reference defines them."""
-    gallery = x if y is None else y
-    wide = accumulation_dtype(x.dtype)
-    sizes = {"row": len(x), "column": len(gallery)}
     with torch.cuda.device_of(x):
-        nothing = poison(x, gallery)
-        if not len(x) or not len(gallery):
-            empty = [torch.zeros(sizes[head.axis], dtype=wide, device=x.device) + nothing for head in heads]
-            return [(t - torch.inf if h.reduce == "lse" else t.clone(), t) for h, t in zip(heads, empty, strict=True)]
-        results: dict[int, tuple[Tensor, Tensor]] = {}
-        for problem in _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns):
-            strips = problem.strips()
-            found = (
-                map(problem.sums, problem.heads)
-                if strips is None
-                else masked_lse_strips.sums(strips, problem.heads, first_column, columns)
-            )
-            for place, (lse, t) in zip(problem.places, found, strict=True):
-                results[place] = lse.add_(nothing), t.add_(nothing)
-        return [results[place] for place in range(len(heads))]
+        nothing = poison(x, x if y is None else y)
+        problems = _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns)
+        return _results(x, y, heads, problems, nothing)
 
 
 def backward(
@@ -183,69 +174,149 @@ def backward(
     need: Need,
 ) -> Gradients:
     """Gradients from those of each head's lse and t."""
-    gallery = x if y is None else y
-    wide = accumulation_dtype(x.dtype)
     with torch.cuda.device_of(x):
-        nothing = poison(x, gallery)
-
-        def zeros(rows: Tensor | None, wanted: bool) -> Tensor | None:
-            return (
-                torch.zeros(rows.shape, dtype=wide, device=x.device) + nothing if rows is not None and wanted else None
-            )
-
-        def blank(wanted: bool, values: list[float | Tensor | None]) -> list[Tensor | None]:
-            return [zeros(v if isinstance(v, Tensor) else None, wanted) for v in values]
-
-        dx, dy = zeros(x, need.x), zeros(y, need.y)
-        scale = blank(need.scale, [h.scale for h in heads])
-        row_bias = blank(need.row_bias, [h.row_bias for h in heads])
-        column_bias = blank(need.column_bias, [h.column_bias for h in heads])
-        result = Gradients(dx, dy, scale, row_bias, column_bias)
-        if len(x) and len(gallery):
-            upstream = [
-                (lse.contiguous(), g.contiguous(), h.contiguous()) for lse, (g, h) in zip(lses, grads, strict=True)
-            ]
-            for problem in _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns):
-                _add_gradients(result, problem, [upstream[k] for k in problem.places], need)
-        return result._replace(
-            x=None if dx is None else dx.to(x.dtype), y=None if dy is None or y is None else dy.to(y.dtype)
+        nothing = poison(x, x if y is None else y)
+        problems = _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns)
+        upstream = [(lse.contiguous(), g.contiguous(), h.contiguous()) for lse, (g, h) in zip(lses, grads, strict=True)]
+        found = _gradients(x, y, heads, problems, upstream, nothing, need)
+        return found._replace(
+            x=None if found.x is None else found.x.to(x.dtype), y=None if found.y is None else found.y.to(x.dtype)
         )
 
 
-def _add_gradients(result: Gradients, problem: _Problem, upstream: Sequence[Upstream], need: Need) -> None:
+def sweep(
+    x: Tensor,
+    y: Tensor | None,
+    head: Head,
+    row_weight: Tensor,
+    *,
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    need: Need,
+) -> tuple[Tensor, Gradients]:
+    """Sum of row_weight_i (lse_i - t_i) and its gradients, in the accumulation dtype.
+
+    The scores are multiplied as often as by ``forward`` and ``backward``; rows are normalised and looked through once.
+    """
+    with torch.cuda.device_of(x):
+        nothing = poison(x, x if y is None else y)
+        problems = list(_problems(x, y, [head], normalize=normalize, first_column=first_column, columns=columns))
+        ((lse, t),) = _results(x, y, [head], problems, nothing)
+        weight = row_weight.contiguous()
+        empty = (weight == 0) & (lse == -torch.inf)
+        value = (weight * torch.where(empty, 0 * t, lse - t)).sum()
+        upstream = [(lse, weight, -weight)] if any(need) else []
+        return value, _gradients(x, y, [head], problems if any(need) else [], upstream, nothing, need)
+
+
+def _results(
+    x: Tensor, y: Tensor | None, heads: Sequence[Head], problems: Iterable[_Problem], nothing: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """(lse, t) of each head; ``nothing``: 0, or NaN where there is any in the rows."""
+    gallery = x if y is None else y
+    if not len(x) or not len(gallery):
+        sizes = {"row": len(x), "column": len(gallery)}
+        empty = [torch.zeros(sizes[head.axis], dtype=nothing.dtype, device=x.device) + nothing for head in heads]
+        return [(t - torch.inf if h.reduce == "lse" else t.clone(), t) for h, t in zip(heads, empty, strict=True)]
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for problem in problems:
+        strips = problem.strips()
+        found = (
+            map(problem.sums, problem.heads, problem.arguments)
+            if strips is None
+            else masked_lse_strips.sums(strips, problem.heads, problem.first_column, problem.columns)
+        )
+        for place, (lse, t) in zip(problem.places, found, strict=True):
+            results[place] = lse.add_(nothing), t.add_(nothing)
+    return [results[place] for place in range(len(heads))]
+
+
+def _gradients(
+    x: Tensor,
+    y: Tensor | None,
+    heads: Sequence[Head],
+    problems: Iterable[_Problem],
+    upstream: Sequence[Upstream],
+    nothing: Tensor,
+    need: Need,
+) -> Gradients:
+    """Those that are wanted, in the accumulation dtype."""
+
+    def blank(wanted: bool, values: list[float | Tensor | None]) -> list[Tensor | None]:
+        return [torch.zeros_like(v) + nothing if isinstance(v, Tensor) and wanted else None for v in values]
+
+    scale = blank(need.scale, [h.scale for h in heads])
+    row_bias = blank(need.row_bias, [h.row_bias for h in heads])
+    column_bias = blank(need.column_bias, [h.column_bias for h in heads])
+    of_x, of_y = _Side(x.shape, need.x), _Side(x.shape if y is None else y.shape, need.y and y is not None)
+    parameters = Gradients(None, None, scale, row_bias, column_bias)
+    if len(x) and of_y.shape[0]:
+        for problem in problems:
+            _add_gradients((of_x, of_y), parameters, problem, [upstream[k] for k in problem.places])
+    return parameters._replace(x=of_x.result(nothing), y=of_y.result(nothing))
+
+
+@dataclass
+class _Side:
+    """The gradient of the rows of one side, as problems add to it."""
+
+    shape: torch.Size
+    wanted: bool
+    total: Tensor | None = None
+
+    def add(self, side: PackedRows, du: Tensor | None) -> None:
+        """The gradient of packed rows, or of prefixes of rows."""
+        if not self.wanted or du is None:
+            return
+        part = side.gradient(du, du.dtype)
+        if self.total is None and part.shape == self.shape:
+            self.total = part.contiguous()
+            return
+        if self.total is None:
+            self.total = torch.zeros(self.shape, dtype=du.dtype, device=du.device)
+        self.total[:, : part.shape[1]] += part
+
+    def result(self, nothing: Tensor) -> Tensor | None:
+        """With ``nothing`` added to it."""
+        if not self.wanted:
+            return None
+        if self.total is None:
+            return torch.zeros(self.shape, dtype=nothing.dtype, device=nothing.device) + nothing
+        return self.total.add_(nothing)
+
+
+def _add_gradients(
+    sides: tuple[_Side, _Side], result: Gradients, problem: _Problem, upstream: Sequence[Upstream]
+) -> None:
     """Those of the heads of one problem: by strips, or in at most two launches, programs that own rows, and columns."""
+    of_x, of_y = sides
     row_bias, column_bias, scale = (
         any(gradients[k] is not None for k in problem.places)
         for gradients in (result.row_bias, result.column_bias, result.scale)
     )
     symmetric = problem.x is problem.y
     if (strips := problem.strips()) is not None:
-        those = masked_lse_strips.Wanted(need.x, need.y, row_bias, column_bias, scale)
+        those = masked_lse_strips.Wanted(of_x.wanted, of_y.wanted, row_bias, column_bias, scale)
         found = masked_lse_strips.gradients(
             strips, problem.heads, upstream, problem.first_column, problem.columns, those
         )
-        _add_rows(result.x, problem.x, found.du)
-        _add_rows(result.y, problem.y, found.dv)
+        of_x.add(problem.x, found.du)
+        of_y.add(problem.y, found.dv)
         _add_sums(result, problem, found.of_rows, found.of_columns, found.of_scores)
         return
-    of_columns = need.y or (symmetric and need.x) or column_bias
-    of_rows = need.x or row_bias or (scale and not of_columns)
+    of_columns = of_y.wanted or (symmetric and of_x.wanted) or column_bias
+    of_rows = of_x.wanted or row_bias or (scale and not of_columns)
     launches = [(True, False)] * of_rows + [(False, True)] * of_columns
     if len(launches) == 2 and symmetric and not problem.heavy:
         launches = [(True, True)]
     for rows, columns in launches:
-        side, into = (problem.x, result.x) if rows or symmetric else (problem.y, result.y)
-        wanted = (into is not None, rows and row_bias, columns and column_bias, scale and (rows or not of_rows))
+        side, into = (problem.x, of_x) if rows or symmetric else (problem.y, of_y)
+        wanted = (into.wanted, rows and row_bias, columns and column_bias, scale and (rows or not of_rows))
         sums = problem.gradient(upstream, rows=rows, columns=columns, wanted=wanted)
-        _add_rows(into, side, sums.rows)
+        into.add(side, sums.rows)
         of_scores = None if sums.of_scores is None else sums.of_scores.sum(1)
         _add_sums(result, problem, sums.of_rows, sums.of_columns, of_scores)
-
-
-def _add_rows(into: Tensor | None, side: PackedRows, du: Tensor | None) -> None:
-    """The gradient of packed rows, or prefixes of rows, to that of the caller's."""
-    if into is not None and du is not None:
-        into[:, : side.rows.shape[1]] += side.gradient(du, into.dtype)
 
 
 def _add_sums(

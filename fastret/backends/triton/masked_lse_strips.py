@@ -16,7 +16,7 @@ from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import products
 from fastret.backends.triton.heads import Upstream, arguments, part, side
 from fastret.backends.triton.plans import RESIDENT, Strips
-from fastret.backends.triton.rows import padded, total
+from fastret.backends.triton.rows import merging, padded
 from fastret.kernels.triton import config
 from fastret.kernels.triton import masked_lse as kernels
 
@@ -77,16 +77,16 @@ def _block_sums(
 ) -> tuple[Tensor, Tensor]:
     n, m = (b.rows, b.columns) if head.axis == "row" else (b.columns, b.rows)
     options, blocks, parts = _options(strips, n, m)
-    lse, t = torch.empty(2, parts, n, dtype=scores.dtype, device=scores.device)
+    lse, t = torch.empty(2, n, dtype=scores.dtype, device=scores.device)
     kernels.masked_lse_kernel[blocks, parts](
-        *(scores, None, arguments(head, scores.new_empty(()), columns), lse, t),
+        *(scores, None, arguments(head, scores.new_empty(()), columns), lse, t, *merging(lse, parts, blocks)),
         *(n, m, scores.stride(0), first_column + b.first_column),
         TRANSPOSED=head.axis == "column",
         PRECISION="ieee",  # nothing is multiplied
         BLOCK_K=0,
         **options,
     )
-    return (lse.logsumexp(0) if head.reduce == "lse" and parts > 1 else total(lse)), total(t)
+    return lse, t
 
 
 def gradients(

@@ -30,8 +30,8 @@ def forward(
             none = torch.zeros(len(x), dtype=nothing.dtype, device=x.device) + nothing
             worst = [none + (torch.inf if kind == "min" else -torch.inf) for kind, _ in extrema]
             return [(value, torch.full((len(x),), -1, device=x.device)) for value in worst]
-        u = pack_padded(x, torch.arange(len(x), device=x.device), normalize).rows
-        v = u if y is None else pack_padded(y, torch.arange(len(y), device=y.device), normalize).rows
+        u = pack_padded(x, slice(None), normalize).rows
+        v = u if y is None else pack_padded(y, slice(None), normalize).rows
         if plan_for(u, "lse heavy") == "strip":
             found = _by_strips(Strips(u, v), extrema, first_column)
         else:
