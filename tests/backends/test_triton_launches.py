@@ -19,7 +19,7 @@ from fastret.ops import masked_lse
 COMPILED = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if COMPILED else "cpu")
 KERNELS = ("masked_lse_kernel", "masked_lse_gradient_kernel", "masked_lse_weights_kernel")
-ROWS, CLASSES, WIDTH = 18, 100, 24
+ROWS, CLASSES, WIDTH = 18, 100, 24  # so many classes that their gradient is not divided, as 20,000 are
 
 # What PyTorch makes without a launch: views, and memory that nothing is written to but by the tests, which poison it.
 FREE = {
