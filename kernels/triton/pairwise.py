@@ -132,6 +132,7 @@ def factored_sigmoid(ratio, FACTORED: tl.constexpr):
 
 
 @triton.jit
-def factored_slope_root(ratio, inverse, FACTORED: tl.constexpr):
-    """The square root of sigmoid2_slope(z) for ratio = 2^(-z / 2) and its inverse; 0 where either overflows."""
-    return reciprocal(ratio + inverse, FACTORED)
+def factored_slope_root(ratio, FACTORED: tl.constexpr):
+    """The square root of sigmoid2_slope(z) for ratio = 2^(-z / 2), not below 2^-60: infinity times 0 is no number."""
+    near = tl.minimum(ratio, 2.0**60)
+    return near * factored_sigmoid(near, FACTORED)

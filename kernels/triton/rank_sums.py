@@ -20,12 +20,12 @@ would run, several share a block of rows and write parts of its sums, which the 
 take it as ``self_slot``, None where no query is excluded.
 
 Where scores are bounded (backends/triton/rank_sums.py), a sigmoid of a negative is one reciprocal (FACTORED). Of half
-a score, s = 2^(-z_qj / 2) is taken once a tile, f = 2^(z_qi / 2) once a positive pair, and so their inverses s', f':
+a score, s = 2^(-z_qj / 2) is taken once a tile, f = 2^(z_qi / 2) once a positive pair; of r = s f
 
-    u(z_qj - z_qi) = 1 / (1 + (s f)^2),        u' = 1 / (s f + s' f')^2
+    u(z_qj - z_qi) = 1 / (1 + r^2),        u' = (r u)^2
 
-Neither cancels, and products that overflow or vanish give the limits 0 and 1; exponentials of whole scores would leave
-the range of float32 at a temperature of 0.01. ``roots`` (2, P) holds f and f'. Elsewhere each sigmoid takes an
+Neither cancels, and an r that overflows or vanishes gives the limits 0 and 1; exponentials of whole scores would leave
+the range of float32 at a temperature of 0.01. ``roots`` (P,) holds f. Elsewhere each sigmoid takes an
 exponential of its own, as those of positives, which are few, always do: u(0) is exactly 1/2.
 
 The strip plan stores the scores of a strip of queries with the whole gallery. The kernels that sweep the gallery read
@@ -69,16 +69,9 @@ def load_slot(table, pair, count, own, slot, other):
     return tl.load(table + pair + slot, mask=(slot < count) & (slot != own), other=other)
 
 
-@triton.jit
-def load_roots(roots, pairs, pair, count, slot):
-    """f and f' of one slot of each query; 1 where there is none. That of the query itself counts for nothing later."""
-    place, exists = pair + slot, slot < count
-    return tl.load(roots + place, mask=exists, other=1.0), tl.load(roots + pairs + place, mask=exists, other=1.0)
-
-
 @triton.jit(do_not_specialize=VARYING)
 def positive_scores_kernel(
-    x, y, start, size, first, scale, scores, roots, n, m, width, pairs,
+    x, y, start, size, first, scale, scores, roots, n, m, width,
     PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +89,6 @@ def positive_scores_kernel(
         tl.store(scores + target, z, mask=wanted)
         if FACTORED:
             tl.store(roots + target, tl.exp2(0.5 * z), mask=wanted)
-            tl.store(roots + pairs + target, tl.exp2(-0.5 * z), mask=wanted)
 
 
 @triton.jit
@@ -112,25 +104,25 @@ def add_sums(total, z, scores, pair, count, own, chunk, largest, SLOPE: tl.const
 
 @triton.jit
 def add_factored_sums(
-    total, z, roots, pairs, pair, count, chunk, largest, SLOPE: tl.constexpr, FACTORED: tl.constexpr
+    total, z, roots, pair, count, chunk, largest, SLOPE: tl.constexpr, FACTORED: tl.constexpr
 ):  # fmt: skip
     """``add_sums`` with one reciprocal a summand; sums for slots that a query lacks are finite."""
     slots = (chunk + tl.arange(0, total.shape[1]))[None, :]
-    s, s_inverse = tl.exp2(-0.5 * z), tl.exp2(0.5 * z)
+    s = tl.exp2(-0.5 * z)
     for i in range(chunk, tl.minimum(chunk + total.shape[1], largest)):
-        f, f_inverse = load_roots(roots, pairs, pair, count, i)
+        ratio = s * tl.load(roots + pair + i, mask=i < count, other=1.0)[:, None]
         if SLOPE:
-            root = factored_slope_root(s * f[:, None], s_inverse * f_inverse[:, None], FACTORED)
+            root = factored_slope_root(ratio, FACTORED)
             u = root * root
         else:
-            u = factored_sigmoid(s * f[:, None], FACTORED)
+            u = factored_sigmoid(ratio, FACTORED)
         total += tl.where(slots == i, tl.sum(u, 1)[:, None], 0.0)
     return total
 
 
 @triton.jit
 def sum_negatives(
-    x, y, scores, roots, pairs, row, begin, count, pair, own, chunk, largest, m, width, scale,
+    x, y, scores, roots, row, begin, count, pair, own, chunk, largest, m, width, scale,
     SLOPE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +136,7 @@ def sum_negatives(
         negative = ((slot < 0) | (slot >= count[:, None])) & (column < m)[None, :]
         z = tl.where(negative, z, -INF)
         if FACTORED:
-            total = add_factored_sums(total, z, roots, pairs, pair, count, chunk, largest, SLOPE, FACTORED)
+            total = add_factored_sums(total, z, roots, pair, count, chunk, largest, SLOPE, FACTORED)
         else:
             total = add_sums(total, z, scores, pair, count, own, chunk, largest, SLOPE)
     return total
@@ -167,7 +159,7 @@ def rank_sums_kernel(
     largest = tl.max(count)
     for chunk in range(0, largest, CHUNK):
         negatives = sum_negatives(
-            x, y, scores, roots, pairs, row, begin, count, pair, own, chunk, largest, m, width, scale,
+            x, y, scores, roots, row, begin, count, pair, own, chunk, largest, m, width, scale,
             False, CHUNK, PRECISION, FACTORED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         positives = tl.zeros((BLOCK_M, CHUNK), dtype=scale.dtype)
@@ -200,7 +192,7 @@ def pair_gradient_kernel(
     largest = tl.max(count)
     for chunk in range(0, largest, CHUNK):
         negatives = sum_negatives(
-            x, y, scores, roots, pairs, row, begin, count, pair, own, chunk, largest, m, width, scale,
+            x, y, scores, roots, row, begin, count, pair, own, chunk, largest, m, width, scale,
             True, CHUNK, PRECISION, FACTORED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         slots = (chunk + tl.arange(0, CHUNK))[None, :]
@@ -222,7 +214,7 @@ def pair_gradient_kernel(
 
 @triton.jit
 def add_gradient(
-    t, z, competitor, valid, scores, roots, pairs, grad_all, grad_scores, begin, count, pair, own,
+    t, z, competitor, valid, scores, roots, grad_all, grad_scores, begin, count, pair, own,
     AXIS: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """t + tau dS of the pairs in z, whose queries are its rows (AXIS 1) or its columns (AXIS 0)."""
@@ -230,12 +222,11 @@ def add_gradient(
     positive = (slot >= 0) & (slot < tl.expand_dims(count, AXIS))
     z = tl.where(valid & ~positive, z, -INF)
     if FACTORED:
-        s, s_inverse = tl.exp2(-0.5 * z), tl.exp2(0.5 * z)
+        s = tl.exp2(-0.5 * z)
         for i in range(0, tl.max(count)):
-            f, f_inverse = load_roots(roots, pairs, pair, count, i)
+            f = tl.load(roots + pair + i, mask=i < count, other=1.0)
             a_i = load_slot(grad_all, pair, count, own, i, 0.0)
-            inverse = s_inverse * tl.expand_dims(f_inverse, AXIS)
-            root = factored_slope_root(s * tl.expand_dims(f, AXIS), inverse, FACTORED)
+            root = factored_slope_root(s * tl.expand_dims(f, AXIS), FACTORED)
             t += tl.expand_dims(a_i, AXIS) * root * root
     else:
         for i in range(0, tl.max(count)):
@@ -247,7 +238,7 @@ def add_gradient(
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_gradient_kernel(
-    u, v, start, size, first, self_slot, scale, scores, roots, grad_all, grad_scores, du, n, m, width, pairs,
+    u, v, start, size, first, self_slot, scale, scores, roots, grad_all, grad_scores, du, n, m, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr,
     PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -273,13 +264,13 @@ def rank_gradient_kernel(
         if ROWS:
             t = add_gradient(
                 t, z, column[None, :], valid,
-                scores, roots, pairs, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED,
+                scores, roots, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED,
             )  # fmt: skip
         if COLUMNS:
             begin_c, count_c, pair_c, own_c = load_queries(column, start, size, first, self_slot)
             t = add_gradient(
                 t, z, row[:, None], valid,
-                scores, roots, pairs, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, 0, FACTORED,
+                scores, roots, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, 0, FACTORED,
             )  # fmt: skip
         total = add_weighted_rows(total, t, v, column, feature, width, PRECISION)
     target = du + (tl.program_id(2).to(tl.int64) * n + row)[:, None] * width + feature[None, :]
@@ -288,7 +279,7 @@ def rank_gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_weights_kernel(
-    strip, weights, start, size, first, self_slot, scale, scores, roots, grad_all, grad_scores, n, m, width, pairs,
+    strip, weights, start, size, first, self_slot, scale, scores, roots, grad_all, grad_scores, n, m, width,
     FACTORED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """weights = dS of the stored scores (n, m) of queries, both ``width`` apart, and in place where they are the same;
@@ -304,6 +295,6 @@ def rank_weights_kernel(
         z = tl.load(strip + place, mask=valid, other=0.0) * scale
         t = tl.zeros_like(z)
         t = add_gradient(
-            t, z, column, valid, scores, roots, pairs, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED
+            t, z, column, valid, scores, roots, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED
         )
         tl.store(weights + place, (t * (scale * LN2)).to(weights.dtype.element_ty), mask=valid)

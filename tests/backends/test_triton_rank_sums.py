@@ -227,8 +227,7 @@ def sigmoids_kernel(negative, positive, value, slope, SIZE: tl.constexpr, FACTOR
     k = tl.arange(0, SIZE)
     z, z_i = tl.load(negative + k), tl.load(positive + k)
     ratio = tl.exp2(-0.5 * z) * tl.exp2(0.5 * z_i)
-    inverse = tl.exp2(0.5 * z) * tl.exp2(-0.5 * z_i)
-    root = factored_slope_root(ratio, inverse, FACTORED)
+    root = factored_slope_root(ratio, FACTORED)
     tl.store(value + k, factored_sigmoid(ratio, FACTORED))
     tl.store(slope + k, root * root)
 
@@ -236,7 +235,8 @@ def sigmoids_kernel(negative, positive, value, slope, SIZE: tl.constexpr, FACTOR
 @pytest.mark.parametrize("factored", [1, 2] if COMPILED else [1])
 def test_factored_sigmoids_are_those_of_differences(factored: int) -> None:
     """To 5 units in the last place, as far as float32 has normal numbers, for all scores that they are taken of: fewer
-    than the rounding of a difference of such scores costs."""
+    than the rounding of a difference of such scores costs. A GPU's exp2, right to 2^-22, costs 7 more."""
+    units = 12 if COMPILED else 5
     generator = torch.Generator().manual_seed(0)
     size = 1 << 16
     positive = (torch.rand(size, generator=generator) * 2 - 1) * backend._LARGEST
@@ -246,9 +246,9 @@ def test_factored_sigmoids_are_those_of_differences(factored: int) -> None:
     value, slope = torch.empty_like(positive), torch.empty_like(positive)
     sigmoids_kernel[(1,)](negative, positive, value, slope, SIZE=size, FACTORED=factored)
     z = (negative.to(F64) - positive.to(F64)) * math.log(2)
-    for actual, expected in ((value, z.sigmoid()), (slope, z.sigmoid() * (-z).sigmoid())):
+    for actual, expected, least in ((value, z.sigmoid(), 2.0**-126), (slope, z.sigmoid() * (-z).sigmoid(), 2.0**-120)):
         error = (actual.to(F64) - expected).abs()
-        assert (error <= 5 * 2.0**-23 * expected + 2.0**-126).all(), (error / expected).max()
+        assert (error <= units * 2.0**-23 * expected + least).all(), (error / expected).max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -275,7 +275,7 @@ def test_scores_at_the_ends_of_what_is_factored(dtype: torch.dtype) -> None:
 
 
 def test_an_exponential_for_each_sigmoid(strips: None) -> None:
-    """What FACTORED = 0 asks for, and gets: ranks that differ in their last digits, and no more."""
+    """What FACTORED = 0 asks for, and gets: gradients that differ in their last digits, and no more."""
     x, labels = problem((4, 5, 9), 37)
     x = x.float()
     options = {"temperature": 0.05, "exclude_self": True}
@@ -285,7 +285,7 @@ def test_an_exponential_for_each_sigmoid(strips: None) -> None:
         direct = values_and_gradients(x, labels, **options, impl="triton")
     expected = values_and_gradients(x.to(F64), labels, **options, impl="reference")
     assert_close(direct, expected, *BOUNDS[torch.float32])
-    assert not torch.equal(direct[0], factored[0])
+    assert not torch.equal(direct[2], factored[2])
 
 
 def test_equal_from_run_to_run() -> None:

@@ -131,7 +131,7 @@ def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     for options in choices("strip"):
         yield Variant(rank_sums.rank_weights_kernel, {**options, **factored})
         yield Variant(rank_sums.rank_weights_kernel, {**options, **unbounded}, "", direct, rare=True)
-        swept = {**options, **factored, "BLOCK_K": 0, "CHUNK": choices("sums")[0]["CHUNK"]}
+        swept = {**options, **unbounded, "BLOCK_K": 0, "CHUNK": choices("sums")[0]["CHUNK"]}
         yield Variant(rank_sums.rank_sums_kernel, swept, "stored", stored)
         yield Variant(rank_sums.pair_gradient_kernel, swept, "stored", stored)
         scored = {**options, **factored, "BLOCK_K": 0}

@@ -37,7 +37,7 @@ class _Problem:
         segments: start, size and first pair of each sorted query, and where it is excluded its slot; (N,) int64 each.
         scale: log2(e) / temperature, 0-dim, in the dtype of accumulation: a kernel's float argument is float32.
         scores: (P,) scaled scores of the positive pairs; ``score_positives`` fills it.
-        roots: (2, P), square roots of 2^scores and their inverses, filled likewise, where sigmoids are factored.
+        roots: (P,) square roots of 2^scores, filled likewise, where sigmoids are factored.
         factored: how they are, as the kernels' FACTORED; 0: they are not.
     """
 
@@ -56,7 +56,7 @@ class _Problem:
         options = config.lookup("scores", x.device, x.dtype)
         tables = self.scores, self.roots
         kernels.positive_scores_kernel[(triton.cdiv(len(x), options["BLOCK_M"]),)](
-            *(x, y, *self.segments[:3], self.scale, *tables, len(x), len(y), self.width, len(self.scores)),
+            *(x, y, *self.segments[:3], self.scale, *tables, len(x), len(y), self.width),
             PRECISION=config.precision(x.dtype),
             **{**options, "FACTORED": self.factored},
         )
@@ -96,7 +96,7 @@ class _Problem:
         du = self.scores.new_empty(parts, n, self.width)
         kernels.rank_gradient_kernel[blocks, slices, parts](
             *(u, v, *self.segments, self.scale, self.scores, self.roots, grad_all, grad_scores, du),
-            *(n, m, self.width, len(self.scores)),
+            *(n, m, self.width),
             ROWS=of_x,
             COLUMNS=of_y,
             PRECISION=config.precision(u.dtype),
@@ -125,7 +125,7 @@ def _prepare(
         (start, s.count[order], s.first_pair()[order], slot),
         torch.full((), scale, dtype=dtype, device=x.device),
         torch.empty(pairs, dtype=dtype, device=x.device),
-        torch.empty(2, pairs, dtype=dtype, device=x.device) if factored else None,
+        torch.empty(pairs, dtype=dtype, device=x.device) if factored else None,
         factored,
     )
 

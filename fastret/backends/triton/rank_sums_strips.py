@@ -22,7 +22,7 @@ _Segments = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 class Pairs(NamedTuple):
     """The positive pairs of sorted queries: ``segments`` are start, size, first pair and, where the query itself is
-    excluded, its slot, (N,) each; ``scores`` (P,), and their roots (2, P) where sigmoids are factored, are filled strip
+    excluded, its slot, (N,) each; ``scores`` (P,), and their roots where sigmoids are factored, are filled strip
     by strip."""
 
     segments: _Segments
@@ -52,26 +52,29 @@ class _Strip:
     def _launch(self, kernel: Any, parts: int, arguments: tuple[Any, ...], **options: Any) -> None:
         tile = config.lookup("strip", self.scores.device, self.scores.dtype)
         grid = triton.cdiv(len(self.scores), tile["BLOCK_M"]), parts
-        kernel[grid](*arguments, FACTORED=self.pairs.factored, **tile, **options)
+        kernel[grid](*arguments, **tile, **options)
 
-    def _sizes(self) -> tuple[int, int, int, int]:
-        return *self.scores.shape, self.scores.stride(0), len(self.pairs.scores)
+    def _sizes(self) -> tuple[int, int, int]:
+        return *self.scores.shape, self.scores.stride(0)
 
     def score_positives(self) -> None:
         """Those of these rows, to the table of all."""
         given = (self.scores, None, *self.segments[:3], *self.pairs.tables(), *self._sizes())
-        self._launch(kernels.positive_scores_kernel, 1, given, PRECISION="ieee", BLOCK_K=0)  # nothing is multiplied
+        options = {"PRECISION": "ieee", "BLOCK_K": 0}  # nothing is multiplied
+        self._launch(kernels.positive_scores_kernel, 1, given, FACTORED=self.pairs.factored, **options)
 
     def sum(self, kernel: Any, inputs: tuple[Tensor, ...], tables: list[Tensor]) -> None:
-        """Fills these rows' pairs of tables (parts, P)."""
-        given = (self.scores, None, *self.segments, *self.pairs.tables(), *inputs, *tables, *self._sizes())
+        """Fills these rows' pairs of tables (parts, P). Such short tiles mostly add across threads: factored sigmoids
+        save little, and Triton 3.6 spills them."""
+        given = (self.scores, None, *self.segments, *self.pairs.tables(), *inputs, *tables)
         chunk = config.lookup("sums", self.scores.device, self.scores.dtype)["CHUNK"]
-        self._launch(kernel, self.parts, given, CHUNK=chunk, PRECISION="ieee", BLOCK_K=0)
+        sizes = *self._sizes(), len(self.pairs.scores)
+        self._launch(kernel, self.parts, (*given, *sizes), CHUNK=chunk, PRECISION="ieee", FACTORED=0, BLOCK_K=0)
 
     def weigh(self, weights: Tensor, grad_all: Tensor, grad_scores: Tensor) -> None:
         """Fills the weights, which may be the scores."""
         given = (self.scores, weights, *self.segments, *self.pairs.tables(), grad_all, grad_scores)
-        self._launch(kernels.rank_weights_kernel, self.parts, (*given, *self._sizes()))
+        self._launch(kernels.rank_weights_kernel, self.parts, (*given, *self._sizes()), FACTORED=self.pairs.factored)
 
 
 def _parts(strips: Strips) -> int:
