@@ -109,7 +109,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("lse", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
     ("lse gradient", 2): {
         "sm_80": (
-            _tile(64, 32, 64, 8, 2, SLICE=128),
+            _tile(64, 32, 32, 8, 2, SLICE=128),
             _tile(64, 32, 32, 8, 3, SLICE=256),
             _tile(32, 32, 64, 8, 3, SLICE=512),
         ),
@@ -120,7 +120,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         ),
         "sm_100": (
             _tile(64, 16, 64, 4, 3, SLICE=128),
-            _tile(64, 32, 64, 8, 3, SLICE=256),
+            _tile(64, 16, 64, 8, 3, SLICE=256),
             _tile(32, 32, 64, 8, 3, SLICE=512),
         ),
         "gfx942": (
@@ -166,6 +166,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("assign rows", 4): {
         "sm_80": (_assign(64, 32, 8, 32), _assign(32, 16, 8, 128)),
+        "sm_90": (_assign(64, 32, 8, 32), _assign(16, 16, 8, 128)),
         "sm_100": (_assign(64, 64, 8, 32), _assign(32, 16, 8, 128)),
         "gfx942": (_assign(32, 64, 4, 32), _assign(32, 16, 8, 128)),
     },
@@ -176,7 +177,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("assign words", 4): {
         "sm_80": (_assign(32, 16, 4, 32), _assign(16, 32, 8, 128)),
-        "gfx942": (_assign(32, 32, 4, 32), _assign(32, 16, 8, 128)),
+        "gfx942": (_assign(32, 32, 4, 32), _assign(16, 16, 8, 128)),
     },
     ("assign words", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
     ("gradient", 4): {
