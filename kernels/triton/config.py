@@ -166,7 +166,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("assign rows", 4): {
         "sm_80": (_assign(64, 32, 8, 32), _assign(32, 16, 8, 128)),
-        "sm_90": (_assign(64, 32, 8, 32), _assign(16, 16, 8, 128)),
+        "sm_90": (_assign(64, 32, 8, 32), _assign(16, 32, 8, 128)),
         "sm_100": (_assign(64, 64, 8, 32), _assign(32, 16, 8, 128)),
         "gfx942": (_assign(32, 64, 4, 32), _assign(32, 16, 8, 128)),
     },
