@@ -30,7 +30,7 @@ class MemoryBank(nn.Module):
     no part of a graph, and wait for no device. All state is in the state_dict.
 
     Across processes each bank is its process's own: gather (index, x), or (x, labels), from all ranks in the order of
-    the ranks, and give every bank the same; they then stay equal. Wrap them with
+    the ranks, and give every bank the same; banks that start equal then stay so. Wrap them with
     ``DistributedDataParallel(broadcast_buffers=False)``: otherwise every forward sends the whole memory.
 
     Args:

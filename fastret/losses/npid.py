@@ -53,8 +53,8 @@ class NPID(StaysFloat32):
     evaluation nor torch.no_grad() sets Z, moves the noise on or updates the bank.
 
     Across processes each module is its process's own: gather (x, index) from all ranks in the order of the ranks before
-    the loss, with a gather that differentiates, and the banks stay equal. With update="manual" the loss may take the
-    rank's own x, with another seed on every rank, and only ``update_`` the gathered; then Z differs unless it is given.
+    the loss, with a gather that differentiates; banks that start equal stay so. With update="manual" the loss may take
+    the rank's own x, with another seed on every rank, and only ``update_`` the gathered; Z then differs unless given.
     Either way ``DistributedDataParallel(broadcast_buffers=False)``: otherwise every forward sends the whole bank.
 
     Args:

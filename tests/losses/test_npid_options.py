@@ -103,6 +103,17 @@ def test_a_first_batch_that_overflows_sets_no_normaliser(z_rows: int | None, bad
     assert 0 < average.params[2] < math.inf
 
 
+def test_an_infinite_normaliser_of_an_older_state_is_set_anew() -> None:
+    rows = normalize(torch.randn(B, D))
+    npid, average = fastret.NPID(C, D, num_noise=K), fastret.NCEAverage(D, C, K)
+    npid.log_Z.fill_(math.inf)
+    average.params[2] = math.inf
+    npid(rows, INDEX)
+    average(rows, INDEX)
+    assert npid.log_Z.isfinite()
+    assert average.params[2].isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_normaliser_stays_float32(dtype: torch.dtype) -> None:
     many = 1_000_000 * math.exp(1 / 0.07)
