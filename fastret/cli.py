@@ -18,6 +18,7 @@ from fastret.training import TrainOptions, train
 from fastret.training.checkpoint import load_checkpoint
 from fastret.training.heap import keep_freed_memory
 from fastret.training.losses import LOSSES, Recipe
+from fastret.training.options import unlike_saved
 from fastret.training.sources import SOURCES
 from fastret.training.spq import BITS
 from fastret.tune import DTYPES, WORKLOADS, tune_here
@@ -141,6 +142,9 @@ def _train(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in DEFAULT}
     if arguments.resume:
         saved = load_checkpoint(Path(given.get("output", TrainOptions.output)))["options"]
+        if given.get("loss", saved["loss"]) != saved["loss"]:
+            # before the saved options, which the other loss may not have, are said not to fit it
+            raise unlike_saved("loss", saved["loss"], given["loss"])
         given = {**saved, **given}
     options = TrainOptions(**given)
     keep_freed_memory()

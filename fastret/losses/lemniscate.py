@@ -4,8 +4,10 @@
     NCECriterion(C)(P, y) -> loss (1,)               as ``fastret.functional.nce``, eps = 1e-7
     LinearAverage(D, C)(x, y) -> (B, C)              <x_i, M_j> / T, for a cross-entropy
 
-Each forward's rows update ``memory`` in its backward. ``fastret.NPID`` is the first two in one, and in logarithms;
-``fastret.InstanceSoftmax`` is the third with its cross-entropy, without the (B, C) matrix.
+Each forward's rows update ``memory`` in its backward; a second backward of one graph raises, and so does torch.compile,
+with fullgraph=True or without, and torch.func. Across processes they are used as ``fastret.NPID`` is, which is the
+first two in one, and in logarithms; ``fastret.InstanceSoftmax`` is the third with its cross-entropy, without the (B, C)
+matrix.
 """
 
 from typing import Any, ClassVar
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 
 from fastret.losses.memory_bank import INITS
 from fastret.losses.npid import NPID, update_in_backward
+from fastret.losses.stays_float32 import StaysFloat32
 from fastret.ops import checks
+from fastret.ops.eager_only import eager_only
 from fastret.ops.in_range import in_range
 from fastret.ops.sampled_dot import sampled_dot
 from fastret.ops.update_rows import check_update, update_rows_
@@ -23,7 +27,7 @@ from fastret.ops.update_rows import check_update, update_rows_
 EPS = 1e-7
 
 
-class NCEAverage(nn.Module):
+class NCEAverage(StaysFloat32):
     """Likelihoods of the image and of K drawn ones: ``NCEAverage(128, len(data), 4096)(x, index)``.
 
     Memory: a few times B (K + 1) scores, where the released code gathers B (K + 1) rows.
@@ -31,18 +35,19 @@ class NCEAverage(nn.Module):
     Args:
         inputSize: D. outputSize: C, images. K: noise columns, at least 1.
         T: temperature. momentum: mu, of the old row.
-        Z: ignored, as in the released code: the first forward sets it.
+        Z: ignored, as in the released code: the first forward whose Z is finite sets it, in evaluation too.
 
     Attributes:
         draws: 0-dim int64, which a state of the released code does not have and is loaded without.
-        memory: (C, D). params: [K, T, Z, momentum] in float32, where Z is -1 until it is set; of a checkpoint's, Z
-            alone is taken, the others are the constructor's.
+        memory: (C, D). params: [K, T, Z, momentum], where Z is -1 until it is set; of a checkpoint's, Z alone is taken,
+            the others are the constructor's. float32 whatever ``half()`` or ``to()`` make of the memory.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
     citation: ClassVar[str] = NPID.citation
+    stays: ClassVar[str] = "params"
     memory: Tensor
     params: Tensor
     draws: Tensor
@@ -69,8 +74,10 @@ class NCEAverage(nn.Module):
         x = _updating(self, x, y, self.memory, self.momentum)
         likelihood = (sampled_dot(x, self.memory, first=y, count=self.K, seed=self.draws.clone()) / self.T).exp()
         self.draws += 1 << 32
-        Z = torch.where(self.params[2] > 0, self.params[2], likelihood.detach().mean() * self.memory.shape[0])
-        self.params[2] = Z
+        kept = self.params[2]
+        of_batch = likelihood.detach().mean() * self.memory.shape[0]
+        Z = torch.where((kept > 0) & kept.isfinite(), kept, of_batch)
+        self.params[2] = torch.where(Z.isfinite(), Z, -1.0)  # one overflow, or an empty batch, is not to be for good
         return likelihood / Z
 
 
@@ -96,10 +103,10 @@ class NCECriterion(nn.Module):
         ratio = (x.shape[1] - 1) / self.nLem
         c = ratio + EPS
         own, noise = x[:, 0], x[:, 1:]
-        return (torch.log1p(c / own).sum() + torch.log((noise + c) / ratio).sum()).reshape(1) / x.shape[0]
+        return (torch.log1p(c / own).sum() + torch.log((noise + c) / ratio).sum()).reshape(1) / max(1, x.shape[0])
 
 
-class LinearAverage(nn.Module):
+class LinearAverage(StaysFloat32):
     """Scores against every row of a memory: ``LinearAverage(128, len(data))(x, index)``, for a cross-entropy.
 
     Memory: (B, C) logits, which are its result; ``fastret.InstanceSoftmax`` is the loss without them.
@@ -108,13 +115,14 @@ class LinearAverage(nn.Module):
         inputSize: D. outputSize: C, images. T: temperature. momentum: mu, of the old row.
 
     Attributes:
-        memory: (C, D). params: [T, momentum] in float32.
+        memory: (C, D). params: [T, momentum], float32.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
     citation: ClassVar[str] = NPID.citation
+    stays: ClassVar[str] = "params"
     memory: Tensor
     params: Tensor
 
@@ -125,9 +133,10 @@ class LinearAverage(nn.Module):
         self.register_buffer("params", torch.tensor([T, momentum]))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B, C) of ``x`` (B, D), unit rows, the images ``y`` (B,)."""
+        """(B, C), in the wider dtype of the two, of ``x`` (B, D), unit rows, the images ``y`` (B,)."""
         x = _updating(self, x, y, self.memory, self.momentum)
-        return x @ self.memory.T / self.T
+        wide = torch.promote_types(x.dtype, self.memory.dtype)
+        return x.to(wide) @ self.memory.to(wide).T / self.T
 
 
 def _without_draws(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -144,13 +153,11 @@ def _memory(inputSize: int, outputSize: int, T: float, momentum: float) -> Tenso
 
 def _updating(module: nn.Module, x: Tensor, y: Tensor, memory: Tensor, momentum: float) -> Tensor:
     """x, whose backward updates the memory."""
-    checks.check_rows(x, "x")
-    if x.shape[1] != memory.shape[1]:
-        raise ValueError(f"x: expected {memory.shape[1]} columns like the memory, got {x.shape[1]}")
+    checks.check_rows(x, "x", like=memory, called="the memory")
+    if (x.dtype == torch.float64) != (memory.dtype == torch.float64):
+        raise TypeError(f"x: expected float64 exactly where the memory is, got {x.dtype} and {memory.dtype}")
     checks.check_labels(y, x, "y")
     y = in_range(y, memory.shape[0], "y")
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{type(module).__name__}: its update in backward is eager only; fastret.NPID(update='manual') compiles"
-        )
+    name = type(module).__name__
+    x = eager_only(x, f"{name}: its update in backward is eager only; fastret.NPID(update='manual') compiles")
     return update_in_backward(x, y, lambda index, rows: update_rows_(memory, index, rows, momentum=momentum))

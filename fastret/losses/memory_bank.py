@@ -29,6 +29,10 @@ class MemoryBank(nn.Module):
     (Wang et al., CVPR 2020) the rows of the latest batches. Updates are the same in every run, duplicates included, are
     no part of a graph, and wait for no device. All state is in the state_dict.
 
+    Across processes each bank is its process's own: gather (index, x), or (x, labels), from all ranks in the order of
+    the ranks, and give every bank the same; banks that start equal then stay so. Wrap them with
+    ``DistributedDataParallel(broadcast_buffers=False)``: otherwise every forward sends the whole memory.
+
     Args:
         size: rows. dim: D.
         momentum: mu in [0, 1]. convention: "old", mu weighs the old row (official NPID); "new", the new one.
@@ -100,7 +104,7 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def enqueue_(self, x: Tensor, labels: Tensor | None = None) -> "MemoryBank":
         """Put ``x`` (B, D), B <= size, with ``labels`` (B,) in the places of the oldest rows."""
-        checks.check_rows(x, "x", like=self.memory)
+        checks.check_rows(x, "x", like=self.memory, called="the memory")
         if x.shape[0] > self.size:
             raise ValueError(f"x: expected at most {self.size} rows, the size of the queue, got {x.shape[0]}")
         if labels is not None:

@@ -14,6 +14,7 @@ the reported values of the loss hold. Articles about the paper leave eps out (ep
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fastret.backends.rows import unit_rows
@@ -58,7 +59,9 @@ def nce(
     checks.check_rows(x, "x")
     check_normalizer(Z, x)
     x = unit_rows(x) if normalize else x
-    checks.check_rows(bank, "bank", like=x)
+    checks.check_rows(bank, "bank", like=x, called="x")
+    if x.shape[0] and not bank.shape[0]:
+        raise ValueError("bank: expected at least one row, got none")
     checks.check_labels(index, x, "index")
     check_columns(noise, x, "noise")
     index, noise = (in_range(t, bank.shape[0], name) for t, name in ((index, "index"), (noise, "noise")))
@@ -87,11 +90,16 @@ def check_eps(eps: float) -> None:
 
 
 def check_normalizer(Z: float | Tensor, x: Tensor) -> None:
-    """Z > 0, one or one a row."""
+    """Z > 0, one or one a row; values are looked at where they are on the CPU."""
     if not isinstance(Z, Tensor) or Z.dim() == 0:
         checks.check_positive(Z, "Z")
-    else:
-        checks.check_vector(Z, x, "Z")
+        return
+    checks.check_vector(Z, x, "Z")
+    if Z.device.type != "cpu" or torch.compiler.is_compiling() or checks.is_wrapped(Z):
+        return
+    wrong = ~((Z > 0) & Z.isfinite())
+    if wrong.any():
+        raise ValueError(f"Z: expected positive finite numbers, got {float(Z[wrong][0])}")
 
 
 class NCELoss(nn.Module):

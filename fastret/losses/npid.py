@@ -17,19 +17,23 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastret.backends.rows import unit_rows
 from fastret.losses.memory_bank import MemoryBank
 from fastret.losses.nce import check_eps, nce_of_logits
 from fastret.losses.reduction import check_reduction
+from fastret.losses.stays_float32 import StaysFloat32
 from fastret.ops import checks
+from fastret.ops.eager_only import eager_only
+from fastret.ops.in_range import in_range
 from fastret.ops.sampled_dot import sampled_dot
 
 UPDATES = ("backward", "manual")
+ONLY_EAGER = "NPID: update='backward' is eager only; update='manual' compiles"
 
 
-class NPID(nn.Module):
+class NPID(StaysFloat32):
     """Non-parametric instance discrimination: ``loss = NPID(len(data), 128)(x, index)``.
 
     L = mean over i of softplus(-a_i0) + sum over k of softplus(a_ik) + K log(1 + eps / c0),
@@ -39,9 +43,19 @@ class NPID(nn.Module):
     the bank; neither the drawn columns nor their rows are stored. Nothing waits for the device. All state, that of the
     noise too, is in the state_dict: a run that goes on draws what it would have drawn.
 
-    With update="backward" a backward that runs twice updates twice, and a loss without backward not at all. Two losses
-    of one bank cannot wait for one backward: the first to run changes rows that the second needs, an error of autograd.
-    Under activation checkpointing the loss has to stay outside, as its noise would be drawn again.
+    With update="backward" a loss without backward updates nothing, and a second backward of one graph raises, as the
+    first has changed rows that it needs; so does one backward of two losses of one bank. Under activation checkpointing
+    the loss has to stay outside, as its noise would be drawn again. torch.compile raises, with fullgraph=True or
+    without; update="manual" is the form that compiles. torch.func raises in training, whatever the update, as state
+    changes there that is none of its arguments.
+
+    Z is of the first batch in training whose scores are finite; until there is one, of each batch itself. Neither
+    evaluation nor torch.no_grad() sets Z, moves the noise on or updates the bank.
+
+    Across processes each module is its process's own: gather (x, index) from all ranks in the order of the ranks before
+    the loss, with a gather that differentiates; banks that start equal stay so. With update="manual" the loss may take
+    the rank's own x, with another seed on every rank, and only ``update_`` the gathered; Z then differs unless given.
+    Either way ``DistributedDataParallel(broadcast_buffers=False)``: otherwise every forward sends the whole bank.
 
     Args:
         size: C, images. dim: D.
@@ -59,13 +73,15 @@ class NPID(nn.Module):
         impl: as in ``fastret.ops.sampled_dot``.
 
     Attributes:
-        bank: the ``MemoryBank``. log_Z: 0-dim (or (Z_rows,)) float32, NaN until it is known. Z: its exponential.
+        bank: the ``MemoryBank``. log_Z: 0-dim (or (Z_rows,)), NaN until it is known; float32 whatever
+            ``half()`` or ``to()`` make of the others. Z: its exponential.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
 
     citation: ClassVar[str] = MemoryBank.citation
+    stays: ClassVar[str] = "log_Z"
     log_Z: Tensor
     draws: Tensor
 
@@ -114,23 +130,23 @@ class NPID(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         """Loss of ``x`` (B, D), the images ``index`` (B,) from 0 to size - 1."""
-        checks.check_rows(x, "x")
+        checks.check_rows(x, "x", like=self.bank.memory, called="the bank")
         checks.check_labels(index, x, "index")
+        index = in_range(index, self.bank.size, "index")
         if self.log_Z.dim() and x.shape[0] != self.log_Z.shape[0]:
             raise ValueError(
                 f"x: expected {self.log_Z.shape[0]} rows, one for each Z (drop the last batch), got {x.shape[0]}"
             )
         x = unit_rows(x) if self.normalize else x
-        if self.update == "backward" and self.training and torch.is_grad_enabled() and x.requires_grad:
-            if torch.compiler.is_compiling():
-                raise NotImplementedError("NPID: update='backward' is eager only; update='manual' compiles")
-            x = update_in_backward(x, index, self.bank.update_)
+        learning = self.training and torch.is_grad_enabled()
+        if self.update == "backward" and learning and x.requires_grad:
+            x = update_in_backward(eager_only(x, ONLY_EAGER), index, self.bank.update_)
         rows = x.to(self.bank.memory.dtype) if torch.float64 in (x.dtype, self.bank.memory.dtype) else x
         logits = sampled_dot(
             rows, self.bank.memory, first=index, count=self.num_noise, seed=self.draws.clone(), impl=self.impl
         )
         logits = logits / self.temperature
-        return nce_of_logits(logits, self._normalizer(logits), self.bank.size, self.eps, self.reduction)
+        return nce_of_logits(logits, self._normalizer(logits, learning), self.bank.size, self.eps, self.reduction)
 
     @property
     def Z(self) -> Tensor:
@@ -138,14 +154,14 @@ class NPID(nn.Module):
         return self.log_Z.exp()
 
     @torch.no_grad()
-    def _normalizer(self, logits: Tensor) -> Tensor:
-        """log Z, of this batch where there is none yet; and on to the noise of the next."""
+    def _normalizer(self, logits: Tensor, learning: bool) -> Tensor:
+        """log Z, of this batch where there is none yet; and, learning, on to the noise of the next."""
         numbers = logits if self.log_Z.dim() else logits.flatten()
         kept = self.log_Z.to(logits.dtype)
         of_batch = numbers.logsumexp(-1) + math.log(self.bank.size / max(1, numbers.shape[-1]))
-        log_Z = torch.where(kept.isnan(), of_batch, kept) if len(logits) else kept
-        if self.training:
-            self.log_Z.copy_(log_Z)
+        log_Z = torch.where(kept.isfinite(), kept, of_batch) if len(logits) else kept
+        if learning:
+            self.log_Z.copy_(torch.where(log_Z.isfinite(), log_Z, math.nan))  # one overflow is not to be for good
             self.draws += 1 << 32
         return log_Z
 

@@ -136,7 +136,7 @@ class PatchMixLoss(nn.Module):
         PatchMixTargets("mix-to-mix", batch, self.m)  # a batch that is too small for m
         checks.check_integer(offset, "offset", 0)
         for name, rows in (("mixed_q2", mixed_q2), ("k1", k1), ("k2", k2), ("mixed_k1", mixed_k1)):
-            checks.check_rows(rows, name, like=q1)
+            checks.check_rows(rows, name, like=q1, called="q1")
         if mixed_q2.shape[0] != batch:
             raise ValueError(f"mixed_q2: expected {batch} rows like q1, got {mixed_q2.shape[0]}")
         for name, rows in (("k1", k1), ("k2", k2), ("mixed_k1", mixed_k1)):
@@ -144,7 +144,7 @@ class PatchMixLoss(nn.Module):
                 raise ValueError(f"{name}: expected at least offset + B = {offset + batch} keys, got {rows.shape[0]}")
         for name, extra in (("crops", crops), ("mixed_crops", mixed_crops)):
             if extra is not None:
-                checks.check_rows(extra, name, like=q1)
+                checks.check_rows(extra, name, like=q1, called="q1")
                 if not extra.shape[0] or extra.shape[0] % batch:
                     raise ValueError(f"{name}: expected a multiple of the {batch} images, got {extra.shape[0]} rows")
         return batch

@@ -14,8 +14,8 @@ CODES = (torch.uint16, *INTEGERS)
 MOST_WORDS = 1 << 16  # of a book: a code has at most 16 bits
 
 
-def check_rows(x: Tensor, name: str, *, like: Tensor | None = None) -> None:
-    """A (rows, width) floating point matrix, of the width and device of ``like``."""
+def check_rows(x: Tensor, name: str, *, like: Tensor | None = None, called: str = "the queries") -> None:
+    """A (rows, width) floating point matrix, of the width and device of ``like``, which messages call ``called``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape (rows, width), got {type(x).__name__}")
     if x.dim() != 2:
@@ -25,9 +25,9 @@ def check_rows(x: Tensor, name: str, *, like: Tensor | None = None) -> None:
     if x.shape[1] == 0:
         raise ValueError(f"{name}: expected at least one column, got {tuple(x.shape)}")
     if like is not None and x.shape[1] != like.shape[1]:
-        raise ValueError(f"{name}: expected {like.shape[1]} columns like the queries, got {x.shape[1]}")
+        raise ValueError(f"{name}: expected {like.shape[1]} columns like {called}, got {x.shape[1]}")
     if like is not None and x.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device} like the queries, got {x.device}")
+        raise ValueError(f"{name}: expected device {like.device} like {called}, got {x.device}")
 
 
 def check_labels(labels: Tensor, rows: Tensor, name: str) -> None:

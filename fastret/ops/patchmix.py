@@ -45,13 +45,19 @@ def patch_groups(
     Args:
         patches: T. m: images mixed, from 1 to T.
         permutation: (T,) integers, each number from 0 to T - 1 once; None: drawn.
-        generator: of the draw; None: PyTorch's own.
+        generator: of the draw, in place of a permutation; None: PyTorch's own. Dynamo takes no generator: it breaks the
+            graph, and with fullgraph=True raises; there draw ``torch.randperm(T, generator=...)`` outside.
         device: of the result; None: that of the permutation, or the CPU.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is expected.
     """
+    checks.check_integer(patches, "patches")
     checks.check_integer(m, "m", 1)
+    if permutation is not None and generator is not None:
+        raise ValueError("permutation, generator: expected at most one of them")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if m > patches:
         raise ValueError(f"m: expected at most the {patches} patches of an image, got {m}")
     if permutation is None:

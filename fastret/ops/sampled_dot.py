@@ -84,9 +84,7 @@ def sampled_dot(
 
 def _check_rows(x: Tensor, bank: Tensor) -> None:
     checks.check_rows(x, "x")
-    if isinstance(bank, Tensor) and bank.dim() == 2 and isinstance(x, Tensor) and bank.shape[1] != x.shape[1]:
-        raise ValueError(f"bank: expected {x.shape[1]} columns like x, got {bank.shape[1]}")
-    checks.check_rows(bank, "bank", like=x)
+    checks.check_rows(bank, "bank", like=x, called="x")
     if (x.dtype == torch.float64) != (bank.dtype == torch.float64):
         raise TypeError(f"bank: expected float64 exactly where x is, got {bank.dtype} and {x.dtype}")
     if x.shape[0] and not bank.shape[0]:

@@ -61,9 +61,9 @@ def update_rows_(
     """
     check_update(momentum, convention, duplicates)
     checks.check_rows(bank, "bank")
-    if isinstance(x, Tensor) and x.dim() == 2 and x.shape[1] != bank.shape[1]:
-        raise ValueError(f"x: expected {bank.shape[1]} columns like the bank, got {x.shape[1]}")
-    checks.check_rows(x, "x", like=bank)
+    checks.check_rows(x, "x", like=bank, called="the bank")
+    if x.shape[0] and not bank.shape[0]:
+        raise ValueError("bank: expected at least one row, got none")
     checks.check_labels(index, x, "index")
     options = ("mean",) if duplicates == "mean" else ()
     chosen = registry.resolve("update_rows", bank.device.type, bank.dtype, impl, options)

@@ -1,10 +1,12 @@
 """The test of NPID: how often an image's nearest neighbours vote for its class, as a network is judged without labels.
 
-The 200 nearest training images vote, each with exp(cosine / 0.07) (`fastret.retrieval.knn_classify`). A loss with a
-memory bank has their embeddings there, of the views it trained on; otherwise they are embedded as they are. Where the
-classes to be found are not those of the training images, the other images to be found vote.
+The 200 nearest training images vote, each with exp(cosine / 0.07) (`fastret.retrieval.knn_classify`); of fewer than
+2,000 images only the nearest tenth, as among few all would vote. A loss with a memory bank has their embeddings there,
+of the views it trained on; otherwise they are embedded as they are. Where the classes to be found are not those of the
+training images, the other images to be found vote.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from fastret.training.evaluation import Judge, Scores, embed, score
 from fastret.training.sources import RetrievalData
 
 NEIGHBOURS = 200
+IMAGES_A_NEIGHBOUR = 10  # at least, of those that could vote
 TEMPERATURE = 0.07
 RANKS = 10
 
@@ -59,7 +62,9 @@ def _bank(loss: nn.Module, data: RetrievalData) -> Tensor | None:
 def _accuracy(queries: Tensor, gallery: Tensor | None, data: RetrievalData) -> float:
     labels = data.queries.labels.to(queries.device)
     voters = labels if data.gallery is None else data.gallery.labels.to(queries.device)
-    classes, _ = knn_classify(queries, gallery, voters, k=NEIGHBOURS, temperature=TEMPERATURE, progress=False)
+    others = len(voters) - (gallery is None)
+    k = min(NEIGHBOURS, max(1, math.ceil(others / IMAGES_A_NEIGHBOUR)))
+    classes, _ = knn_classify(queries, gallery, voters, k=k, temperature=TEMPERATURE, progress=False)
     return (classes[:, 0] == labels).to(torch.float64).mean().item()
 
 

@@ -146,4 +146,9 @@ class TrainOptions:
         given = asdict(self)
         for name in (field.name for field in fields(self) if field.name not in free):
             if given[name] != saved[name]:
-                raise ValueError(f"{name}: expected {saved[name]!r} as in the run to be resumed, got {given[name]!r}")
+                raise unlike_saved(name, saved[name], given[name])
+
+
+def unlike_saved(name: str, saved: object, given: object) -> ValueError:
+    """The error of an option with which a saved run cannot go on."""
+    return ValueError(f"{name}: expected {saved!r} as in the run to be resumed, got {given!r}")

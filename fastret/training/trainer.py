@@ -101,6 +101,11 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, options.iterations)
         drawn = (self.data, options.batch_classes, options.samples_per_class, options.seed)
         self.batches = ClassBatches(*drawn) if recipe.labelled else ViewBatches(*drawn, data.views)
+        if options.mix is not None and self.batches.classes < 2 * options.mix - 1:
+            raise ValueError(
+                f"mix: expected at most {(self.batches.classes + 1) // 2}, as a batch needs 2 mix - 1 images and the "
+                f"data has {len(self.data.images)}, got {options.mix}"
+            )
         self.iteration = 0
         self.history: list[float] = []
         self.curve: list[Point] = []

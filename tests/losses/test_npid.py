@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import fastret
 from fastret.backends.sampling import Draws
+from fastret.ops import update_rows_
 
 F64 = torch.float64
 C, B, D, K = 23, 6, 5, 9
@@ -167,8 +169,10 @@ def test_neither_evaluation_nor_no_grad_leaves_a_trace() -> None:
     torch.testing.assert_close(dict(npid.state_dict()), dict(before), rtol=0, atol=0, equal_nan=True)
     npid.train()
     with torch.no_grad():
-        npid(x, index)
-    assert torch.equal(before["bank.memory"], npid.bank.memory)
+        loss = npid(x, index)
+    torch.testing.assert_close(dict(npid.state_dict()), dict(before), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(loss, npid(x, index).detach())  # of a Z of its own, as the first in training
+    assert npid.log_Z.isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -199,9 +203,33 @@ def test_compiles_with_manual_updates_and_refuses_the_other() -> None:
         eager.update_(x, index)
     assert torch.equal(npid.bank.memory, eager.bank.memory)
     assert torch.equal(npid.draws, eager.draws)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # it says so of what runs after the error
+@pytest.mark.parametrize("build", [lambda: fastret.NPID(C, D), lambda: fastret.NCEAverage(D, C, K)])
+def test_updates_in_backward_refuse_to_compile_and_run_once(build: Callable[[], torch.nn.Module]) -> None:
+    x, index = batch(0, torch.float32)
+    module = build()
+    for fullgraph, error in ((True, torch._dynamo.exc.Unsupported), (False, NotImplementedError)):
+        for nested in (False, True):
+            torch._dynamo.reset()
+            step = (lambda x, index: module(x * 1, index) * 2) if nested else module
+            with pytest.raises(error, match=r"update='manual'\)? compiles"):
+                torch.compile(step, fullgraph=fullgraph, backend="aot_eager")(x, index)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="update='manual' compiles"):
-        torch.compile(fastret.NPID(C, D, num_noise=K), fullgraph=True, backend="aot_eager")(x, index)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: module(x, index).sum())(x)
+    loss = module(x, index).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_torch_func_in_evaluation() -> None:
+    x, index = batch(0, torch.float32)
+    npid = fastret.NPID(C, D, num_noise=K, Z=3.0).eval()
+    gradient = torch.func.grad(lambda x: npid(x, index))(x.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(npid(x, index), x)[0])
 
 
 def test_two_losses_before_one_backward_are_an_error_not_a_wrong_gradient() -> None:
@@ -288,8 +316,9 @@ def test_initial_rows() -> None:
 I = torch.tensor([0, 1])  # noqa: E741
 
 
-def nce(index: Tensor = I, noise: Tensor = I[:, None], Z: Any = 1.0) -> Tensor:
-    return fastret.functional.nce(torch.ones(2, D), torch.ones(C, D), index, noise, Z=Z)
+def nce(index: Tensor = I, noise: Tensor = I[:, None], Z: Any = 1.0, bank: Tensor | None = None) -> Tensor:
+    bank = torch.ones(C, D) if bank is None else bank
+    return fastret.functional.nce(torch.ones(2, D), bank, index, noise, Z=Z)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +341,16 @@ def nce(index: Tensor = I, noise: Tensor = I[:, None], Z: Any = 1.0) -> Tensor:
         (lambda: fastret.NPID(C, D, Z=-2.0), ValueError, "Z: expected a positive"),
         (lambda: fastret.NPID(C, D, seed=2**32), ValueError, "seed: expected a number below"),
         (lambda: fastret.NPID(C, D, init="ones"), ValueError, "init: expected one of uniform"),
-        (lambda: fastret.NPID(C, D)(torch.ones(2, 4), torch.arange(2)), ValueError, "bank: expected 4 columns like x"),
-        (lambda: fastret.NPID(C, D)(torch.ones(2, D), torch.tensor([0, C])), ValueError, "first: expected numbers"),
+        (lambda: fastret.NPID(C, D)(torch.ones(2, 4), I), ValueError, "x: expected 5 columns like the bank, got 4"),
+        (lambda: fastret.NPID(C, D)(torch.ones(2, D), I + C - 1), ValueError, "index: expected numbers from 0 to 22"),
+        (lambda: fastret.MemoryBank(C, D).enqueue_(torch.ones(2, 4)), ValueError, "5 columns like the memory, got 4"),
+        (lambda: nce(Z=torch.tensor([1.0, -2.0])), ValueError, "Z: expected positive finite numbers, got -2"),
+        (lambda: nce(Z=torch.tensor([1.0, math.nan])), ValueError, "Z: expected positive finite numbers, got nan"),
+        (lambda: nce(bank=torch.ones(0, D)), ValueError, "bank: expected at least one row, got none"),
+        (lambda: nce(bank=torch.ones(C, 4)), ValueError, "bank: expected 5 columns like x, got 4"),
+        (lambda: update_rows_(torch.ones(0, D), I, torch.ones(2, D)), ValueError, "bank: expected at least one row"),
+        (lambda: fastret.LinearAverage(D, C)(torch.ones(2, D).double(), I), TypeError, "x: expected float64 exactly"),
+        (lambda: fastret.NCEAverage(D, C, K)(torch.ones(2, D).double(), I), TypeError, "x: expected float64 exactly"),
     ],
 )
 def test_bad_input_names_the_argument(call: Any, error: type[Exception], message: str) -> None:

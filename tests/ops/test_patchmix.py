@@ -115,6 +115,12 @@ def test_opcheck_compile_and_torch_func(impl: str) -> None:
     with pytest.raises(ValueError, match="permutation: expected each number from 0 to 3 once"):
         wrong(x)
     torch._dynamo.reset()
+    drawn = torch.compile(
+        lambda a: patchmix(a, 2, 2, generator=torch.default_generator, impl=impl), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Generator"):
+        drawn(x)
+    torch._dynamo.reset()
     compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
     assert torch.equal(torch.autograd.grad(compiled(x.requires_grad_()), x)[0], expected)
 
@@ -159,6 +165,13 @@ X = torch.randn(4, 3, 8, 8)
         (lambda: patchmix(X, 4, 2, permutation=torch.arange(3)), ValueError, r"permutation: expected shape \(4,\)"),
         (lambda: patchmix(X, 4, 2, permutation=torch.tensor([0, 1, 1, 2])), ValueError, "permutation: .* once"),
         (lambda: patchmix(X, 4, 2, permutation=torch.rand(4)), TypeError, "permutation: expected an integer tensor"),
+        (lambda: patchmix(X, 4, 2, generator=3), TypeError, "generator: expected a torch.Generator, got int"),
+        (
+            lambda: patchmix(X, 4, 2, permutation=torch.arange(4), generator=torch.Generator()),
+            ValueError,
+            "permutation, generator: expected at most one",
+        ),
+        (lambda: patch_groups(4.0, 1), TypeError, "patches: expected an integer, got float"),
         (lambda: fastret.PatchMixTargets("mix-to-mix", 4, 3), ValueError, "batch: expected at least 2m - 1 = 5"),
     ],
 )

@@ -52,6 +52,10 @@ def test_train_prints_a_summary_and_resumes(
     command = f"train --output {chosen.output} --resume"
     assert last == f"fastret: stopped after 1 of 4 iterations; go on with: fastret {command}"
 
+    assert cli.main([*command.split(), "--loss", "patchmix"]) == 2
+    error = capsys.readouterr().err
+    assert "error: loss: expected 'smooth-ap' as in the run to be resumed, got 'patchmix'" in error
+
     assert cli.main(command.split()) == 0
     out = capsys.readouterr().out
     for part in ("resumed after 1 of 4 iterations", "untrained", "MAP@R", "16 classes x 4", "metrics.json, plot.png"):

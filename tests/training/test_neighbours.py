@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,23 @@ def test_an_epoch_ends_with_the_vote(loss: str, own: bool, options: Build) -> No
     found = evaluate_neighbours(trainer.model, trainer.loss, data, "cpu")
     assert found.knn == trainer.curve[-1].share
     assert 0 < found.recall_at_1 <= found.recall_at_10 <= 1
+
+
+def test_of_few_images_only_the_nearest_tenth_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "NEIGHBOURS", 200)
+    asked: list[int] = []
+
+    def knn(queries: Tensor, *_: Any, k: int, **__: Any) -> tuple[Tensor, None]:
+        asked.append(k)
+        return queries.new_zeros(len(queries), 1), None
+
+    monkeypatch.setattr(neighbours, "knn_classify", knn)
+    data = _same_classes()
+    neighbours._accuracy(torch.zeros(30, 4), torch.zeros(90, 4), data)
+    neighbours._accuracy(torch.zeros(30, 4), None, replace(data, gallery=None))  # 29 others
+    whole = replace(open_data("glyphs"), gallery=None)
+    neighbours._accuracy(torch.zeros(2000, 4), None, whole)
+    assert asked == [9, 3, 200]
 
 
 def test_a_run_reports_its_curve(options: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from fastret.data import ImageSet
 from fastret.functional import patchmix
 from fastret.training import TrainOptions
 from fastret.training.patchmix import PatchMixNet
@@ -89,3 +91,7 @@ def test_sizes_that_do_not_fit_are_named(options: Build) -> None:
     data = open_data(options().data)
     with pytest.raises(ValueError, match="patch_size: expected a divisor of both sides of the images, 32 x 32, got 5"):
         Trainer(data, options(loss="patchmix", patch_size=5))
+    few = replace(data, train=ImageSet(data.train.images[:8], torch.arange(8), ("a",) * 8, 8))
+    with pytest.raises(ValueError, match=r"mix: expected at most 4, as a batch .* the data has 8, got 5"):
+        Trainer(few, options(loss="patchmix", patch_size=8, mix=5))
+    Trainer(few, options(loss="patchmix", patch_size=8, mix=4))
