@@ -38,7 +38,7 @@ PARTS = ("tests", "bench", "sanitize")
 TOTAL = 9 * 60  # seconds
 KILL_AFTER = 5  # seconds from the end of a limit, when pytest writes what it knows, to the signal that ends it
 
-# Small, and with a kernel of every kind, forward and backward: the first letters of "pq_topk" are those of "topk" too.
+# Small, and with a kernel of every kind, forward and backward; pytest -k looks within names: "topk" is pq_topk too.
 SANITIZED = "SmoothAP or masked_lse or pair_dot or SoftPQ or sampled_dot or topk or knn_vote or update_rows or patchmix"
 _VALUES = "test_values and (fp32 or bf16)"
 _OTHER_DTYPES = "test_values and not (fp32 or bf16)"

@@ -71,6 +71,16 @@ def test_files_that_are_named_are_there() -> None:
                 assert (script.ROOT / word).exists(), word
 
 
+def test_every_op_in_cuda_is_sanitized() -> None:
+    """It has an entry of its own in the table of the GPU tests, which the steps select."""
+    ops = {f.stem for f in (script.ROOT / "fastret/backends/cuda").glob("*.py")} - {"__init__", "launch"}
+    table = (script.ROOT / "tests/gpu/gpu_cases.py").read_text()
+    assert "topk" in ops
+    for op in ops:
+        assert f'    "{op}": Case(' in table, op
+        assert any(word in op for word in script.SANITIZED.split(" or ")), op
+
+
 def test_steps_are_run_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

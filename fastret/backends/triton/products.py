@@ -3,6 +3,9 @@ would lose what small temperatures multiply.
 
 On CUDA PyTorch multiplies such rows into float32. Where it does not (CPU tensors, in the interpreter), operands are
 widened first, which gives the same products at the price of a copy and of float32's speed.
+
+Under torch.use_deterministic_algorithms(True) PyTorch refuses these products on CUDA unless CUBLAS_WORKSPACE_CONFIG is
+:4096:8 or :16:8, as all products of cuBLAS.
 """
 
 import torch
