@@ -3,7 +3,8 @@ where nvcc is. No torch needed.
 
 FASTRET_PURE=1 installs without the extensions; without a C++ compiler that happens by itself, and is said.
 FASTRET_CUDA=0 leaves fastret._cuda out, 1 insists on it, auto (the default) builds it where nvcc is found: by CUDA_HOME
-or CUDA_PATH, else on PATH. MAX_JOBS limits parallel compilers; CXX and CXXFLAGS are honoured.
+or CUDA_PATH, else on PATH. 1 is refused with FASTRET_PURE=1, and without a C++ compiler. MAX_JOBS limits parallel
+compilers; CXX and CXXFLAGS are honoured.
 """
 
 import os
@@ -164,7 +165,11 @@ def sources(*folders: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("FASTRET_PURE", "0") == "1":
+    pure, asked = os.environ.get("FASTRET_PURE", "0") == "1", os.environ.get("FASTRET_CUDA") == "1"
+    if asked and (pure or not CXX):
+        why = "FASTRET_PURE=1 installs without extensions" if pure else "no C++ compiler found"
+        raise RuntimeError(f"FASTRET_CUDA=1: {why}")
+    if pure:
         return []
     if not CXX:
         print(
@@ -174,7 +179,6 @@ def extensions() -> list[Extension]:
         return []
     built = [Extension("fastret._C", sources=sources("cpu", "common"))]
     if find_nvcc() is not None:
-        asked = os.environ.get("FASTRET_CUDA") == "1"
         built.append(Extension("fastret._cuda", sources=sources("cuda"), optional=not asked))
     return built
 

@@ -37,6 +37,7 @@ _RANGES = {
     "num_warps": (2, 16),
     "num_stages": (1, 5),
 }
+_WARP = 32  # threads
 # Its tiles are square, and the same in every launch, so that thresholds meet the same scores.
 _SQUARE = ("lse heavy",)
 
@@ -164,7 +165,13 @@ def neighbours(kind: str, options: Options) -> Iterator[dict[str, int]]:
             continue
         least, most = _RANGES[option]
         others = (value - 1, value + 1) if option == "num_stages" else (value // 2, value * 2)
-        yield from ({**options, option: other} for other in others if least <= other <= most)
+        found = ({**options, option: other} for other in others if least <= other <= most)
+        yield from (other for other in found if kind != "strip" or _fills_its_warps(other))
+
+
+def _fills_its_warps(options: Options) -> bool:
+    """Threads without an element of a stored tile would repeat those of others, and write them twice."""
+    return options["BLOCK_M"] * options["BLOCK_N"] >= _WARP * options["num_warps"]
 
 
 def search(kind: str, start: Options, milliseconds: Callable[[Options], float]) -> tuple[Options, float]:
@@ -192,8 +199,10 @@ def tune(
     dtypes: Sequence[torch.dtype],
     kinds: Sequence[str] | None = None,
     report: Callable[[str], None] = print,
+    save: Callable[[Table], object] = lambda table: None,
 ) -> Table:
-    """Measures everything there is a workload for; ``report`` is told of each entry."""
+    """Measures everything there is a workload for; ``report`` is told of each entry, and ``save`` gets what there is
+    after it: a run of many minutes may be cut off."""
     architecture = config.architecture(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     table = Table(tuned.key(name, architecture))
@@ -209,12 +218,16 @@ def tune(
         found, before, after = _tuned(kind, entry, options, call, timer, _TOLERANCE[dtype])
         if found != options and math.isfinite(after):
             table.options[entry] = dict(found)
+            save(table)
         report(f"{entry}: {before:.3f} ms by default, {after:.3f} ms with {dict(found)}")
     # the first workload of an op stands for it
     for op, workload in {w.op: w for w in reversed((*WORKLOADS.values(), *SELECTIONS))}.items():
         if kinds is None:
-            table.order[op] = _order(op, workload, dtypes[0], device, timer)
-            report(f"{op}: {', '.join(table.order[op])}")
+            order, refused = _order(op, workload, dtypes[0], device, timer)
+            if order:
+                table.order[op] = order
+                save(table)
+            report("; ".join([f"{op}: {', '.join(order) or 'keeps its order'}", *refused]))
     return table
 
 
@@ -257,12 +270,33 @@ def _close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(error <= tolerance * expected.double().norm().clamp_min(1e-12))
 
 
-def _order(op: str, workload: Workload, dtype: torch.dtype, device: torch.device, timer: Timer) -> list[str]:
-    """Implementations that "auto" may pick, the fastest first."""
+def _as_near(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Of two neighbours that are as near either may be named: scores tell whether indices are right."""
+    return not got.is_floating_point() or _close(got, expected, tolerance)
+
+
+def _order(
+    op: str, workload: Workload, dtype: torch.dtype, device: torch.device, timer: Timer
+) -> tuple[list[str], list[str]]:
+    """Implementations that "auto" may pick, the fastest first, and a word on each that is left out: those that cannot
+    run, and those whose results are not what PyTorch's tiles find."""
     request = registry.Call(op, device.type, dtype)
     serving = [impl.name for impl in registry.candidates(request) if impl.unsupported(request) is None]
     call = workload.make(dtype, 128, device)
-    return sorted(serving, key=lambda name: timer(lambda: call(name)))
+    expected: tuple[Tensor, ...] | None = None
+    times: dict[str, float] = {}
+    refused: list[str] = []
+    for name in sorted(serving, key=lambda name: name != "tiled"):
+        try:
+            got = call(name)
+            expected = got if expected is None else expected
+            if all(map(_as_near, got, expected, [_TOLERANCE[dtype]] * len(got))):
+                times[name] = timer(lambda name=name: call(name))  # type: ignore[misc]  # a default, not an argument
+            else:
+                refused.append(f"{name} is left out, its results are others")
+        except _errors_of_configurations() as error:
+            refused.append(f"{name} is left out: {error}")
+    return sorted(times, key=times.__getitem__), refused
 
 
 def median_of_runs(call: Callable[[], object]) -> float:
@@ -284,5 +318,5 @@ def tune_here(dtypes: Sequence[str] | None, kinds: Sequence[str] | None) -> str:
         raise ValueError(f"tune: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
     chosen = [DTYPES[name] for name in dtypes or DTYPES]
-    table = tune(device, median_of_runs, dtypes=chosen, kinds=kinds)
+    table = tune(device, median_of_runs, dtypes=chosen, kinds=kinds, save=tuned.save)
     return f"written: {tuned.save(table)}"

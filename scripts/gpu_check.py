@@ -2,24 +2,29 @@
 
     python scripts/gpu_check.py [--part tests|bench|sanitize] [--output FOLDER] [--dry-run]
 
-Every step is a process under ``timeout``, so that one that hangs costs its own time alone; what a step has written by
-then still counts. The limits of all steps together are below 9 minutes; a part that runs alone has more for each.
+Every step is a group of processes with a time limit, so that one that hangs costs its own time alone: it is
+interrupted, and killed KILL_AFTER seconds later; what a step has written by then still counts. The limits of all steps
+together are below 9 minutes, and so are those of a part that runs alone, which has more for each.
 fastret runs from this checkout, which is put on PYTHONPATH: nothing is installed. Needs no package but those that
 fastret's build, tests and benchmarks need; where compute-sanitizer is missing, that step is skipped, and this is said.
+Where nvcc is, the CUDA C++ kernels have to build (FASTRET_CUDA=1); where it is not, the build's line says so.
 
 FASTRET_GPU_TESTS=cpu tries the script without a GPU: the tests run small on the CPU, the other parts end in refusals.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -31,10 +36,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("tests", "bench", "sanitize")
 TOTAL = 9 * 60  # seconds
-KILL_AFTER = 10  # seconds from the end of a limit, when pytest writes what it knows, to the signal that ends it
+KILL_AFTER = 5  # seconds from the end of a limit, when pytest writes what it knows, to the signal that ends it
 
-# Small, and with a kernel of every kind, forward and backward.
-SANITIZED = "SmoothAP or masked_lse or pair_dot or SoftPQ or sampled_dot or topk or patchmix"
+# Small, and with a kernel of every kind, forward and backward; pytest -k looks within names: "topk" is pq_topk too.
+SANITIZED = "SmoothAP or masked_lse or pair_dot or SoftPQ or sampled_dot or topk or knn_vote or update_rows or patchmix"
+_VALUES = "test_values and (fp32 or bf16)"
+_OTHER_DTYPES = "test_values and not (fp32 or bf16)"
 VERSIONS = ("torch", "triton", "numpy", "pytest", "pybind11", "ninja", "pytorch-metric-learning")
 
 
@@ -60,12 +67,9 @@ class Step:
     results: str = ""
     needs: str = ""
 
-    def shell(self, seconds: int, out: Path) -> list[str]:
+    def shell(self, out: Path) -> list[str]:
         """The process as it is started."""
-        limited = (
-            ["timeout", "--signal=INT", f"--kill-after={KILL_AFTER}", str(seconds)] if shutil.which("timeout") else []
-        )
-        return [*limited, *(word.replace("{out}", str(out)) for word in self.command)]
+        return [word.replace("{out}", str(out)) for word in self.command]
 
 
 def _python(*arguments: str) -> tuple[str, ...]:
@@ -74,7 +78,7 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 def _pytest(name: str, *arguments: str, spread: bool = False) -> tuple[str, ...]:
     several = ("-n", "8") if spread and importlib.util.find_spec("xdist") else ()
-    options = ("-q", "-p", "no:cacheprovider", f"--junitxml={{out}}/{name}.xml", *several)
+    options = ("-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={{out}}/{name}.xml", *several)
     return _python("-m", "pytest", *options, *arguments)
 
 
@@ -91,25 +95,43 @@ def _sanitized(tool: str) -> tuple[str, ...]:
 
 def steps() -> list[Step]:
     """All there are, what is quick and what others rely on first."""
+    entries = "tests/gpu/test_every_entry.py"
     triton = sorted(f"tests/backends/{file.name}" for file in (ROOT / "tests/backends").glob("test_triton_*.py"))
     large = _pytest("scale", "-m", "gpu", "tests/gpu/test_scale.py")
     return [
-        Step("build", "build", 75, 240, _python("setup.py", "-q", "build_ext", "--inplace")),
+        Step("build", "build", 70, 190, _python("setup.py", "-q", "build_ext", "--inplace")),
+        # In the round of all, two dtypes stand for four, and values come before what is done with them.
         Step(
-            "tests: every op and loss",
+            "tests: values",
             "tests",
-            140,
-            200,
-            _pytest("entries", "-m", "gpu", "tests/gpu/test_every_entry.py", spread=True),
-            "entries.xml",
+            80,
+            100,
+            _pytest("values", "-m", "gpu", entries, "-k", _VALUES, spread=True),
+            "values.xml",
         ),
-        Step("tests: large sizes", "tests", 70, 120, large, "scale.xml"),
-        Step("tests: kernels", "tests", None, 200, _pytest("kernels", *triton, spread=True), "kernels.xml"),
-        Step("time of kernels", "bench", 40, 100, _bench("kernels"), "kernels.json"),
-        Step("floors", "bench", 100, 300, _bench("floors"), "*.json"),
-        Step("floors of searches", "bench", None, 180, _bench("floors", "--slow"), "*.json"),
-        Step("memcheck", "sanitize", 50, 240, _sanitized("memcheck"), "memcheck.log", "compute-sanitizer"),
-        Step("racecheck", "sanitize", 50, 240, _sanitized("racecheck"), "racecheck.log", "compute-sanitizer"),
+        Step(
+            "tests: other dtypes",
+            "tests",
+            None,
+            60,
+            _pytest("dtypes", "-m", "gpu", entries, "-k", _OTHER_DTYPES, spread=True),
+            "dtypes.xml",
+        ),
+        Step(
+            "tests: graphs, waits, streams",
+            "tests",
+            60,
+            60,
+            _pytest("calls", "-m", "gpu", entries, "-k", "not test_values", spread=True),
+            "calls.xml",
+        ),
+        Step("tests: large sizes", "tests", 50, 50, large, "scale.xml"),
+        Step("tests: kernels", "tests", None, 40, _pytest("kernels", *triton, spread=True), "kernels.xml"),
+        Step("time of kernels", "bench", 35, 60, _bench("kernels"), "kernels.json"),
+        Step("floors", "bench", 80, 120, _bench("floors"), "*.json"),
+        Step("floors of searches", "bench", None, 130, _bench("floors", "--slow"), "*.json"),
+        Step("memcheck", "sanitize", 50, 160, _sanitized("memcheck"), "memcheck.log", "compute-sanitizer"),
+        Step("racecheck", "sanitize", 50, 160, _sanitized("racecheck"), "racecheck.log", "compute-sanitizer"),
     ]
 
 
@@ -179,6 +201,16 @@ def of_junit(file: Path) -> dict[str, Any]:
     return {"passed": passed, "failed": len(bad), "skipped": counts["skipped"], "failures": bad}
 
 
+def tests_that_ran(text: str) -> str:
+    """Of pytest's output, however it ended; empty where it is not pytest's."""
+    total = re.search(r"collected (\d+) items|\[(\d+) items\]", text)
+    if total is None:
+        return ""
+    selected = re.search(r"(\d+) selected", text)
+    of = selected[1] if selected else total[1] or total[2]
+    return f"{len(re.findall(r'(?:PASSED|FAILED|SKIPPED|ERROR) +(?:tests/|.*%)', text))} of {of} tests ran"
+
+
 def of_sanitizer(text: str) -> dict[str, Any]:
     """Its last word, and the first lines of what it found. A log without a summary is one of a run cut short."""
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
@@ -232,9 +264,34 @@ def _first_line(*command: str) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """fastret, and the package of the benchmarks, are those of this checkout."""
+    """fastret, and the package of the benchmarks, are those of this checkout. Where nvcc is, its part has to build."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+    insist = {"FASTRET_CUDA": "1"} if nvcc() else {}
+    return {**insist, **os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+
+
+def nvcc() -> str | None:
+    """The one that setup.py finds."""
+    homes = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return next(filter(None, (shutil.which("nvcc", path=home) for home in homes)), None) or shutil.which("nvcc")
+
+
+def remove_extension() -> None:
+    """CUDA C++ kernels of an earlier build, which may be those of other sources."""
+    for file in (ROOT / "fastret").glob("_cuda*.so"):
+        file.unlink()
+
+
+def cannot_be_written(*folders: Path) -> str | None:
+    """The first of the folders that takes no file, and why."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            return f"{folder} cannot be written: {error.strerror}"
+    return None
 
 
 def without_places(text: str, out: Path) -> str:
@@ -253,9 +310,33 @@ def without_places(text: str, out: Path) -> str:
     return text
 
 
+class _Limit:
+    """Interrupts a group of processes after so many seconds, and kills it KILL_AFTER later."""
+
+    def __init__(self, group: int, seconds: float) -> None:
+        self.passed = False
+        self._group = group
+        self._timers = [
+            threading.Timer(seconds, self._end, [signal.SIGINT]),
+            threading.Timer(seconds + KILL_AFTER, self._end, [signal.SIGKILL]),
+        ]
+        for timer in self._timers:
+            timer.daemon = True
+            timer.start()
+
+    def _end(self, how: int) -> None:
+        self.passed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._group, how)
+
+    def cancel(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+
 def run_step(step: Step, seconds: int, out: Path) -> Outcome:
     """Runs it, its output shown as it comes."""
-    command = step.shell(seconds, out)
+    command = step.shell(out)
     shown = without_places(" ".join(command), out)
     if step.needs and not shutil.which(step.needs):
         return Outcome(step.name, step.part, "skipped", 0.0, f"{step.needs} is not here", shown)
@@ -263,38 +344,69 @@ def run_step(step: Step, seconds: int, out: Path) -> Outcome:
     log, start = out / f"{step.name.replace(' ', '-').replace(':', '')}.txt", time.monotonic()
     with log.open("w") as file:
         done = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
+        limit = _Limit(done.pid, seconds)
         assert done.stdout is not None
-        for line in done.stdout:
-            file.write(line)
-            print(line, end="", flush=True)
-        code = done.wait()
-    took = time.monotonic() - start
-    status = "ok" if code == 0 else "timed out" if took >= seconds else "failed"
-    tail = "" if status == "ok" else without_places("\n".join(log.read_text().splitlines()[-30:]), out)
-    return Outcome(step.name, step.part, status, round(took, 1), "", shown, tail)
+        try:
+            for line in done.stdout:
+                file.write(line)
+                print(line, end="", flush=True)
+            code = done.wait()
+        except BaseException:  # Ctrl-C is not sent to a session of its own
+            os.killpg(done.pid, signal.SIGKILL)
+            raise
+        finally:
+            limit.cancel()
+    took, text = time.monotonic() - start, log.read_text()
+    status = "timed out" if limit.passed else "ok" if code == 0 else "failed"
+    tail = "" if status == "ok" else without_places("\n".join(text.splitlines()[-30:]), out)
+    detail = tests_that_ran(text) if limit.passed else ""
+    return Outcome(step.name, step.part, status, round(took, 1), detail, shown, tail)
 
 
 def collect(step: Step, outcome: Outcome, out: Path, report: Report) -> None:
-    """Puts what a step wrote into the report, and a word on it into the table."""
+    """Puts what a step wrote into the report, and a word on it into the table. A file that a step did not end is said
+    to be one."""
     for file in sorted(out.glob(step.results)) if step.results else ():
-        if file.suffix == ".xml":
-            report.tests[step.name] = of_junit(file)
-            outcome.detail = "{passed} passed, {failed} failed, {skipped} skipped".format(**report.tests[step.name])
-        elif file.suffix == ".log":
-            text = file.read_text(errors="replace")
-            report.sanitizer[step.name] = of_sanitizer(text)
-            outcome.detail = report.sanitizer[step.name]["summary"]
-            if "Device not supported" in text:
-                outcome.status, outcome.detail = "skipped", f"{step.needs} does not support this machine's GPU"
-        elif step.results == "kernels.json":
-            report.kernels = json.loads(file.read_text())
-            outcome.detail = f"{len(report.kernels)} tasks"
-        elif file.name != "kernels.json":
-            report.benchmarks.append(json.loads(file.read_text()))
-            file.unlink()
-            outcome.detail = f"{len(report.benchmarks)} tasks so far"
+        try:
+            detail = _read(step, file, outcome, report)
+        except (ElementTree.ParseError, ValueError, OSError) as error:
+            detail = f"{file.name} cannot be read: {error}"
+            outcome.status = "failed" if outcome.status == "ok" else outcome.status
+        outcome.detail = "; ".join(filter(None, (outcome.detail, detail)))
+        if file.suffix == ".json" and file.name != "kernels.json":
+            file.unlink()  # a later step has the same pattern
+    benchmarks = len(report.benchmarks)
+    if step.results == "*.json":
+        outcome.detail = "; ".join(filter(None, (outcome.detail, f"{benchmarks} tasks so far")))
+
+
+def _read(step: Step, file: Path, outcome: Outcome, report: Report) -> str:
+    """Takes one file into the report; what there is to say of it."""
+    if file.suffix == ".xml":
+        report.tests[step.name] = of_junit(file)
+        return "{passed} passed, {failed} failed, {skipped} skipped".format(**report.tests[step.name])
+    if file.suffix == ".log":
+        text = file.read_text(errors="replace")
+        report.sanitizer[step.name] = of_sanitizer(text)
+        if "Device not supported" in text:
+            outcome.status = "skipped"
+            return f"{step.needs} does not support this machine's GPU"
+        return str(report.sanitizer[step.name]["summary"])
+    if step.results == "kernels.json":
+        report.kernels = json.loads(file.read_text())
+        return f"{len(report.kernels)} tasks"
+    if file.name != "kernels.json":
+        report.benchmarks.append(json.loads(file.read_text()))
+    return ""
 
 
 def plan(part: str | None) -> list[tuple[Step, int]]:
@@ -313,10 +425,13 @@ def check(part: str | None, output: Path) -> Report:
         versions(),
         list(PARTS) if part is None else [part],
     )
+    remove_extension()
     with tempfile.TemporaryDirectory() as folder:
         for step, seconds in plan(part):
             outcome = run_step(step, seconds, Path(folder))
             report.outcomes.append(outcome)
+            if step.part == "build":
+                outcome.detail = "" if nvcc() else "no nvcc here: without the CUDA C++ kernels"
             collect(step, outcome, Path(folder), report)
             file = report.save(output)  # after each step: a machine may be taken away
             if step.part == "build" and outcome.status != "ok":
@@ -333,8 +448,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
         for step, seconds in plan(arguments.part):
-            print(f"{step.part:9} {' '.join(step.shell(seconds, Path('OUT')))}")
+            print(f"{step.part:9} {seconds:4} s  {' '.join(step.shell(Path('OUT')))}")
         return 0
+    if (reason := cannot_be_written(ROOT, ROOT / "fastret", arguments.output)) is not None:
+        print(f"gpu_check: {reason}. It builds inside the checkout: copy it, or give --output", file=sys.stderr)
+        return 2
     return 0 if check(arguments.part, arguments.output).passed else 1
 
 

@@ -58,6 +58,15 @@ def test_neighbours_keep_what_must_not_change() -> None:
     assert min(smallest) == 16
 
 
+def test_stored_tiles_have_an_element_for_every_thread() -> None:
+    start = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 16, "num_stages": 1}
+    for kind, least in (("strip", 512), ("lse", 256)):
+        tiles = [o["BLOCK_M"] * o["BLOCK_N"] for o in tune.neighbours(kind, start) if o["num_warps"] == 16]
+        assert min(tiles) == least
+    fewer = {**start, "BLOCK_N": 16, "num_warps": 8}
+    assert all(o["BLOCK_M"] * o["BLOCK_N"] >= 32 * o["num_warps"] for o in tune.neighbours("strip", fewer))
+
+
 def test_workloads_are_of_kinds_that_there_are() -> None:
     assert set(tune.WORKLOADS) <= {kind for kind, _, _ in config.entries("sm_90")}
 
@@ -184,6 +193,39 @@ def test_workloads_are_calls_that_every_implementation_takes(monkeypatch: pytest
         assert all(t.isfinite().all() for t in tiled)
         assert all(torch.equal(a, b) for a, b in zip(call("tiled"), tiled, strict=True))
         assert all(tune._close(a, b, 1e-4) for a, b in zip(call("reference"), tiled, strict=True))
+
+
+def test_implementations_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fails, one is wrong and one is slow; what is found is saved after each entry."""
+    monkeypatch.setattr(config, "entries", lambda architecture: [])
+    monkeypatch.setattr(tune, "WORKLOADS", {})
+    running: list[str] = []
+
+    def call(impl: str) -> tuple[Tensor, ...]:
+        running.append(impl)
+        if impl == "cpu":
+            raise RuntimeError("no room")
+        return torch.tensor([1.0, 2.0 + (impl == "reference")]), torch.tensor([len(running)])  # ties: any index
+
+    def timer(run: Callable[[], object]) -> float:
+        run()
+        assert running[-1] in ("tiled", "triton")
+        return {"tiled": 3.0, "triton": 1.0}[running[-1]]
+
+    serving = [registry.IMPLEMENTATIONS[name] for name in ("reference", "cpu", "triton", "tiled")]
+    monkeypatch.setattr(registry, "candidates", lambda request: serving)
+    monkeypatch.setattr(tune, "SELECTIONS", [tune.Workload(op, lambda *_: call) for op in ("masked_lse", "rank_sums")])
+    said: list[str] = []
+    saved: list[list[str]] = []
+    tune.tune(
+        *(torch.device("cpu"), timer),
+        dtypes=[torch.float32],
+        report=said.append,
+        save=lambda table: saved.append(sorted(table.order)),
+    )
+    assert all("reference is left out, its results are others; cpu is left out: no room" in line for line in said)
+    assert [line.partition(";")[0].partition(": ")[2] for line in said] == ["triton, tiled"] * 2
+    assert [len(ops) for ops in saved] == [1, 2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

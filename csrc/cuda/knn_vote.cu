@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
   // Shares are not negative: their bits ascend as they do.
   for (int p = threadIdx.x; p < kPlaces; p += kThreads) {
     const uint64_t k = ranking[p];
-    const float share = float_from(uint32_t(k)) / max(total, kTiny);
+    const float share = float_from(uint32_t(k)) / (total < kTiny ? kTiny : total);  // max() would lose a NaN
     if (k != kNobody) ranking[p] = uint64_t(~bits_of(share)) << 32 | k >> 32;
   }
   __syncthreads();

@@ -2,7 +2,8 @@
 // csrc/cuda/portable.h includes it where nvcc does not compile; how to add a kernel stands there.
 //
 // One rule is stricter than CUDA's: threads that have ended do not count as having come to a barrier. Atomics order
-// nothing. Not here: textures, asynchronous copies, clusters, tensor cores, __activemask, fences.
+// nothing. Not here: __launch_bounds__ (more threads than those are an error on a GPU alone), textures, asynchronous
+// copies, clusters, tensor cores, __activemask, fences.
 #pragma once
 #include <cmath>
 
@@ -98,8 +99,13 @@ template <class T> uint32_t __match_any_sync(uint32_t mask, T value, int line = 
 }
 
 // ---- of a thread
-using std::max;
-using std::min;
+template <class T> T max(T a, T b) { return a < b ? b : a; }
+template <class T> T min(T a, T b) { return b < a ? b : a; }
+// NaN loses, whichever of the two it is: fmaxf, fminf
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
 inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(unsigned(v)); }

@@ -101,7 +101,7 @@ def _place(value: Tensor, dtype: torch.dtype, flat: FlatHeads) -> int:
             return k
     wide = value.detach().to(dtype if value.is_floating_point() else torch.int64)
     flat.given.append(value)
-    flat.tensors.append(wide.contiguous())
+    flat.tensors.append(wide.contiguous())  # here already: forward and backward share the copy
     return len(flat.tensors) - 1
 
 
@@ -114,12 +114,12 @@ def restore(
     numbers: Sequence[int],
     factors: Sequence[float],
 ) -> list[Head]:
-    """The heads that ``flatten`` took apart."""
+    """The heads that ``flatten`` took apart, every tensor contiguous: vmap and compilers bring other strides too."""
     lists = {
         "scale": scale,
-        "row_bias": row_bias,
-        "column_bias": column_bias,
-        "tensor": tensors,
+        "row_bias": None if row_bias is None else row_bias.contiguous(),
+        "column_bias": None if column_bias is None else column_bias.contiguous(),
+        "tensor": [t.contiguous() for t in tensors],
         "number": numbers,
         "factor": factors,
     }

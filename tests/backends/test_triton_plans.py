@@ -161,7 +161,14 @@ def test_products_are_those_of_the_rows_in_the_wider_dtype(
 
 def test_half_precision_is_widened_where_pytorch_has_no_wide_product() -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        assert products.into_float32(torch.device("cpu"), dtype) is False
+        rows = torch.zeros(2, 2, dtype=dtype)
+        assert not products.into_float32(rows)
+        assert not products.onto_float32(rows)
+
+
+def test_what_pytorch_has_is_found_in_its_operators() -> None:
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert products.INTO_FLOAT32 == products.ONTO_FLOAT32 == (release >= (2, 8))
 
 
 def test_wide_products_are_used_where_pytorch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:

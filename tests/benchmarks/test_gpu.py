@@ -26,6 +26,27 @@ def test_inputs_of_another_dtype() -> None:
     assert registry.in_dtype(smooth_ap.OP, torch.float32) is smooth_ap.OP
 
 
+def test_a_gpu_need_not_count_the_rows_of_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, in every arrangement of the batch; on a CPU nothing changes."""
+    told: list[object] = []
+
+    def loss(*_: object, samples_per_class: int | None, **__: object) -> Tensor:
+        told.append(samples_per_class)
+        return torch.zeros(())
+
+    monkeypatch.setattr(smooth_ap, "smooth_ap", loss)
+    size = {**smooth_ap.OP.fixed, "n": 16, "d": 2}
+    given = smooth_ap.setup(size, 0)
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    for inputs in (given, smooth_ap.shuffled(given), smooth_ap.with_gallery(given)):
+        smooth_ap.fastret(inputs, "triton")
+        smooth_ap.fastret({**inputs, "x": inputs["x"].as_subclass(OnGpu)}, "triton")
+    assert told == [None, 4] * 3
+
+
 def test_half_precision_is_measured_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--sizes", "16", "--variants", "fastret-tiled", "--budget", "0.001", "--no-memory"]
     assert command_line.main(["run", "clip", "--dtype", "bfloat16", *arguments, "--output", str(tmp_path)]) == 0

@@ -168,6 +168,15 @@ __global__ void collectives(Global<const int> in, Global<int> count, Global<int>
   mine[15] = __clz(v);
 }
 
+// One thread: the larger and the smaller of a pair of floats, and of the pair turned around.
+__global__ void extremes(Global<const float> in, Global<float> out) {
+  const float a = in[0], b = in[1];
+  out[0] = max(a, b);
+  out[1] = max(b, a);
+  out[2] = min(a, b);
+  out[3] = min(b, a);
+}
+
 }  // namespace planted
 
 using namespace planted;
@@ -226,6 +235,13 @@ EXPORT const char* run_collectives(uint64_t order, int* in, int* count, int* out
   return complaint([&] {
     launch({"collectives", dim3(1), dim3(kWarpLanes), 0, 0}, collectives, Global<const int>(in, 32, "in"),
            Global<int>(count, 3, "count"), Global<int>(out, 32 * 16, "out"));
+  });
+}
+
+EXPORT const char* run_extremes(float* in, float* out) {
+  return complaint([&] {
+    launch({"extremes", dim3(1), dim3(1), 0, 0}, extremes, Global<const float>(in, 2, "in"),
+           Global<float>(out, 4, "out"));
   });
 }
 #else

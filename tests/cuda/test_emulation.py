@@ -111,3 +111,12 @@ def test_collectives_and_atomics(planted: ctypes.CDLL, order: int) -> None:
         expected += [v.bit_count(), (v & -v).bit_length(), 32 - v.bit_length()]
         assert out[lane].tolist() == expected
     assert count.tolist() == [31, 0, 5]
+
+
+def test_nan_loses_against_a_number(planted: ctypes.CDLL) -> None:
+    """As CUDA's max and min have it, and not those of C++."""
+    nan, out = float("nan"), np.zeros(4, np.float32)
+    planted.run_extremes.restype = ctypes.c_char_p
+    for given, expected in (([2, 3], [3, 3, 2, 2]), ([nan, 3], [3] * 4), ([nan, nan], [nan] * 4)):
+        assert planted.run_extremes(pointer(np.array(given, np.float32)), pointer(out)) is None
+        np.testing.assert_array_equal(out, expected)

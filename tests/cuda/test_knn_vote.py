@@ -53,6 +53,16 @@ def test_ties_missing_neighbours_and_classes() -> None:
 
 
 @pytest.mark.usefixtures("emulation")
+def test_one_vote_of_nan_is_everybodys() -> None:
+    """Of two classes: the one whose votes are numbers does not win."""
+    scores, indices, place = torch.tensor([[1.0, math.nan, 0.5]]), torch.tensor([[0, 1, 2]]), torch.tensor([0, 1, 0])
+    for impl in ("cuda", "reference"):
+        winners, shares = knn_vote(scores, indices, place, 2, top=2, impl=impl)
+        assert winners.tolist() == [[-1, -1]]
+        assert shares.isnan().all()
+
+
+@pytest.mark.usefixtures("emulation")
 def test_strides_and_integers() -> None:
     scores, indices = neighbours(3, 20, 50)
     compare(scores[:, ::2], indices.to(torch.int32)[:, ::2], (torch.arange(50) % 4).to(torch.int16), 4, top=2)

@@ -66,14 +66,16 @@ def test_the_extension_is_built_and_loads_without_a_driver() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("settings", "message"),
     [
-        ("1", "FASTRET_CUDA=1: no nvcc in CUDA_HOME, CUDA_PATH or PATH"),
-        ("yes", "FASTRET_CUDA: expected 0, 1 or auto, got 'yes'"),
+        ({"FASTRET_CUDA": "1"}, "FASTRET_CUDA=1: no nvcc in CUDA_HOME, CUDA_PATH or PATH"),
+        ({"FASTRET_CUDA": "yes"}, "FASTRET_CUDA: expected 0, 1 or auto, got 'yes'"),
+        ({"FASTRET_CUDA": "1", "FASTRET_PURE": "1"}, "FASTRET_CUDA=1: FASTRET_PURE=1 installs without extensions"),
+        ({"FASTRET_CUDA": "1", "CXX": ""}, "FASTRET_CUDA=1: no C++ compiler found"),
     ],
 )
-def test_a_build_that_cannot_be_is_refused(asked: str, message: str, tmp_path: Path) -> None:
-    environment = {"PATH": str(tmp_path), "CXX": "c++", "FASTRET_CUDA": asked}
+def test_a_build_that_cannot_be_is_refused(settings: dict[str, str], message: str, tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path), "CXX": "c++", **settings}
     command = [sys.executable, "setup.py", "--name"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0

@@ -21,6 +21,8 @@ from torch import Tensor
 from fastret import functional as F
 from fastret import ops
 from fastret.backends import registry
+from fastret.losses import NPID
+from fastret.losses.dpq import DPQOutput
 from fastret.ops import Head, Indexed, Listed, Masked, PairMask
 
 F64 = torch.float64
@@ -69,7 +71,9 @@ class Case:
         call: ``call(*leaves, impl=...)``: what is compared.
         learned: how many of the leaves, from the first on, receive gradients; 0: the op has none.
         options: of ``registry.Call``.
-        waits: a size depends on values, which costs CUDA one synchronisation: neither captured nor traced.
+        waits: a size depends on values, which costs CUDA one synchronisation, or a module is built in the call:
+            neither captured nor traced.
+        traced: False: kernels of CUDA C++ are called without a registered operator.
         selects: scores choose pairs or words, so that scores of TF32 rows may choose others.
         copies: results are input values, bit for bit, at any precision.
     """
@@ -80,6 +84,7 @@ class Case:
     learned: int = 1
     options: tuple[str, ...] = ()
     waits: bool = False
+    traced: bool = True
     selects: bool = False
     copies: bool = False
 
@@ -131,6 +136,43 @@ def _pq_topk(x: Tensor, codebook: Tensor, *, impl: str) -> Results:
     return scores, (x.to(F64).view(N, 1, BOOKS, -1) - words).square().sum((2, 3))
 
 
+def _knn_vote(scores: Tensor, *, impl: str) -> Results:
+    """Shares, and whether somebody has them: of two that are as great, either may be first."""
+    scores = scores if scores.dtype == F64 else scores.float()
+    winners, shares = ops.knn_vote(scores.sort(1, descending=True)[0], NOISE, OTHERS, CLASSES, top=3, impl=impl)
+    return shares, (winners >= 0).to(shares.dtype)
+
+
+def _updated(x: Tensor, bank: Tensor, *, impl: str) -> Results:
+    """One batch after another; the second has repeated rows."""
+    bank = ops.update_rows_(bank.clone(), torch.arange(N, device=DEVICE), x, impl=impl)
+    return (ops.update_rows_(bank, PLACES, x, convention="new", duplicates="first", impl=impl),)
+
+
+def _masked_lse_sum(x: Tensor, y: Tensor, b: Tensor, *, impl: str) -> Tensor:
+    head = Head(3.0, PairMask(offset=1, period=M), Indexed(PLACES), 0.1, column_bias=b[:, 0])
+    return ops.masked_lse_sum(x, y, head=head, row_weight=EQUAL / N, impl=impl)
+
+
+def _npid(x: Tensor, y: Tensor, *, impl: str) -> Tensor:
+    loss = NPID(M, WIDTH, num_noise=9, temperature=0.5, dtype=y.dtype, impl=impl).to(DEVICE)
+    with torch.no_grad():
+        loss.bank.memory.copy_(y / 8)
+    return loss(x, PLACES)
+
+
+def _dpq(x: Tensor, keys: Tensor, codebook: Tensor, weight: Tensor, *, impl: str) -> Tensor:
+    found = ops.soft_assign(x, codebook, keys=keys, hard="straight-through", usage=True, purity=True, impl=impl)
+    assert found.soft is not None
+    assert found.hard is not None
+    assert found.usage is not None
+    assert found.purity is not None
+    terms = found.usage.square().sum(), found.purity.sum(1).mean()
+    quantized = DPQOutput(found.soft, found.hard, found.codes, *terms)
+    # soft and hard are rounded to the dtype of the rows: their loss has no more digits
+    return F.dpq_loss(quantized, OWN, weight, weight / 2, impl=impl).to(x.dtype)
+
+
 def _soft_assign(x: Tensor, codebook: Tensor, *, impl: str) -> Results:
     result = ops.soft_assign(x, codebook, 0.3, usage=True, purity=True, impl=impl)
     return tuple(t for t in (result.soft, result.usage, result.purity) if t is not None)
@@ -145,6 +187,7 @@ CASES: dict[str, Case] = {
         waits=True,
     ),
     "masked_lse": Case("masked_lse", lambda: [*two(), number(2.5)], _masked_lse, learned=3),
+    "masked_lse_sum": Case("masked_lse", lambda: [*two(), rows(M, 1, seed=7)], _masked_lse_sum, learned=3),
     "masked_lse, columns": Case("masked_lse", two, _column_lse, learned=2),
     "row_extrema": Case(
         "row_extrema",
@@ -156,6 +199,14 @@ CASES: dict[str, Case] = {
     ),
     "pair_dot": Case("pair_dot", two, lambda x, y, impl: ops.pair_dot(x, y, PAIRED, PLACES, impl=impl), learned=2),
     "soft_assign": Case("soft_assign", subspaces, _soft_assign, learned=2),
+    "soft_assign, logits": Case(
+        "soft_assign",
+        lambda: [rows(N, BOOKS * WORDS, seed=5), rows(BOOKS * WORDS, 8, seed=6).view(BOOKS, WORDS, 8)],
+        lambda a, c, impl: tuple(
+            t for t in ops.soft_assign(None, c, logits=a, purity=True, impl=impl)[1::3] if t is not None
+        ),
+        learned=2,
+    ),
     "sampled_dot": Case(
         "sampled_dot",
         two,
@@ -167,6 +218,8 @@ CASES: dict[str, Case] = {
     ),
     "topk": Case("topk", two, _topk, learned=0, selects=True),
     "pq_topk": Case("pq_topk", subspaces, _pq_topk, learned=0, selects=True),
+    "knn_vote": Case("knn_vote", lambda: [rows(N, 7, seed=5)], _knn_vote, learned=0, traced=False),
+    "update_rows": Case("update_rows", lambda: [rows(N, seed=5), rows(M, seed=6)], _updated, learned=0),
     "segment_mean": Case("segment_mean", one, lambda x, impl: ops.segment_mean(x, OWN, CLASSES, impl=impl)[0]),
     "patchmix": Case(
         "patchmix",
@@ -188,6 +241,12 @@ CASES: dict[str, Case] = {
         lambda: [rows(N, WIDE, seed=5), rows(M, WIDE, seed=6), number(0.3)],
         lambda x, y, a, impl: F.info_nce(x, y, temperature=a, impl=impl),
         learned=3,
+    ),
+    "InfoNCE, Matryoshka": Case(
+        "masked_lse",
+        two,
+        lambda x, y, impl: F.info_nce(x, y, PLACES, matryoshka=(WIDTH // 3, WIDTH), impl=impl),
+        learned=2,
     ),
     "CLIP": Case(
         "masked_lse",
@@ -232,6 +291,14 @@ CASES: dict[str, Case] = {
         learned=2,
         options=("centers",),
     ),
+    "SubCenterArcFace": Case(
+        "masked_lse",
+        centers,
+        lambda x, c, impl: F.sub_center_arc_face(x, c, OWN, scale=16.0, impl=impl),
+        learned=2,
+        options=("centers",),
+        selects=True,
+    ),
     "SoftTargetInfoNCE": Case(
         "masked_lse",
         two,
@@ -244,6 +311,14 @@ CASES: dict[str, Case] = {
         learned=2,
         selects=True,
     ),
+    "DPQ": Case(
+        "soft_assign",
+        lambda: [*subspaces(), subspaces()[1] / 2, rows(CLASSES, BOOKS * 8, seed=7)],
+        _dpq,
+        learned=3,
+        selects=True,
+    ),
+    "NPID": Case("sampled_dot", two, _npid, waits=True),
     "NCE": Case("sampled_dot", two, lambda x, y, impl: F.nce(x, y / 8, PLACES, NOISE, Z=3.0 * M, impl=impl)),
 }
 

@@ -23,7 +23,7 @@ from gpu_cases import (
 )
 from torch import Tensor
 
-from fastret.backends import registry
+from fastret.backends import choices, registry
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,8 +43,10 @@ def test_values_and_gradients(name: str, precision: str, monkeypatch: pytest.Mon
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device: nothing for auto to pick")
 @pytest.mark.parametrize("name", CASES)
 def test_auto_picks_kernels_of_the_gpu(name: str) -> None:
+    """Or the tiles, of an op whose kernels wait for a measurement: the other tests ask for those by name."""
     case = CASES[name]
-    assert registry.resolve(case.op, "cuda", F32, None, case.options) in implementations(case, F32)
+    waiting = {"tiled"} if choices.ON_CUDA[case.op].order == ("tiled",) else set()
+    assert registry.resolve(case.op, "cuda", F32, None, case.options) in {*implementations(case, F32), *waiting}
 
 
 def captured(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
@@ -110,7 +112,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
                 torch.autograd.grad(total, leaves[: case.learned])
 
 
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("name", [name for name in STATIC if CASES[name].traced])
 def test_compiles_in_one_graph(name: str) -> None:
     case = CASES[name]
     backend = "inductor" if ON_GPU and name in INDUCTOR else "aot_eager"

@@ -206,12 +206,14 @@ def test_memory_of_smooth_ap(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", implementations("masked_lse"))
 def test_memory_of_proxies(impl: str) -> None:
-    """B rows against many proxies: the gradient of the proxies, packed rows, and no B x C logits (512 MiB)."""
-    count = 1 << 18 if ON_GPU else 64
-    x, proxies = random(512, 64, seed=1).requires_grad_(), random(count, 64, seed=2).requires_grad_()
-    labels = torch.arange(512, device=DEVICE) % count
+    """No B x C logits, which are 32 times as large as the proxies. Counted, in copies of the proxies (256 MiB): unit
+    rows, their gradient, what projects it and its result, and the gradient of the proxies: 5, and numbers a class,
+    1/4. With the workspace, another copy would be too much."""
+    batch, count = (2048, 1 << 20) if ON_GPU else (32, 64)
+    x, proxies = random(batch, 64, seed=1).requires_grad_(), random(count, 64, seed=2).requires_grad_()
+    labels = torch.arange(batch, device=DEVICE) % count
     used = peak(lambda: torch.autograd.grad(F.proxy_nca(x, proxies, labels, impl=impl), (x, proxies)))
-    assert used <= WORKSPACE + 5 * count * 64 * 4, f"{used / MIB:.0f} MiB"
+    assert used <= WORKSPACE + 5.25 * count * 64 * 4, f"{used / MIB:.0f} MiB"
 
 
 @pytest.mark.parametrize("impl", implementations("soft_assign"))

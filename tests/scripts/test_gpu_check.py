@@ -25,18 +25,30 @@ MEMCHECK = """========= COMPUTE-SANITIZER
 """
 
 
+@pytest.fixture(autouse=True)
+def keeps_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "remove_extension", lambda: None)
+
+
 def step(name: str, part: str, code: str, seconds: int = 5, **settings: str) -> object:
     return script.Step(name, part, seconds, seconds, (sys.executable, "-c", code), **settings)
 
 
-def test_all_parts_end_in_nine_minutes() -> None:
-    assert sum(seconds + script.KILL_AFTER for _, seconds in script.plan(None)) <= script.TOTAL + 60
-    assert sum(seconds for _, seconds in script.plan(None)) < script.TOTAL
-    for part in script.PARTS:
-        first, *others = script.plan(part)
-        assert first[0].name == "build"
-        assert {s.part for s, _ in others} == {part}
-        assert all(seconds >= (s.limit or 0) for s, seconds in others)
+@pytest.mark.parametrize("part", [None, *script.PARTS])
+def test_all_steps_end_in_nine_minutes(part: str | None) -> None:
+    steps = script.plan(part)
+    assert sum(seconds + script.KILL_AFTER for _, seconds in steps) < script.TOTAL
+    (first, _), *others = steps
+    assert first.name == "build"
+    assert {s.part for s, _ in others} == ({part} if part else set(script.PARTS))
+    assert all(seconds >= (s.limit or 0) for s, seconds in others)
+
+
+def test_values_come_first_and_every_test_is_in_a_step() -> None:
+    alone = [s.name for s, _ in script.plan("tests")]
+    assert alone[1:3] == ["tests: values", "tests: other dtypes"]
+    together = [s.name for s, _ in script.plan(None) if s.part == "tests"]
+    assert together == ["tests: values", "tests: graphs, waits, streams", "tests: large sizes"]
 
 
 def test_dry_run_shows_the_commands() -> None:
@@ -46,6 +58,7 @@ def test_dry_run_shows_the_commands() -> None:
     done = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("build ")
+    assert " 70 s " in lines[0]
     assert "setup.py -q build_ext --inplace" in lines[0]
     assert any("--tool=racecheck" in line for line in lines)
     assert any("benchmarks floors" in line for line in lines)
@@ -56,6 +69,16 @@ def test_files_that_are_named_are_there() -> None:
         for word in s.command:
             if word.startswith("tests/") or word == "setup.py":
                 assert (script.ROOT / word).exists(), word
+
+
+def test_every_op_in_cuda_is_sanitized() -> None:
+    """It has an entry of its own in the table of the GPU tests, which the steps select."""
+    ops = {f.stem for f in (script.ROOT / "fastret/backends/cuda").glob("*.py")} - {"__init__", "launch"}
+    table = (script.ROOT / "tests/gpu/gpu_cases.py").read_text()
+    assert "topk" in ops
+    for op in ops:
+        assert f'    "{op}": Case(' in table, op
+        assert any(word in op for word in script.SANITIZED.split(" or ")), op
 
 
 def test_steps_are_run_and_written(
@@ -79,7 +102,7 @@ def test_steps_are_run_and_written(
             step("needs", "sanitize", "", needs="a-program-that-is-not-there"),
         ]
 
-    monkeypatch.setattr(script, "KILL_AFTER", 1)
+    monkeypatch.setattr(script, "KILL_AFTER", 0.3)
     monkeypatch.setattr(script, "steps", steps)
     assert script.main(["--output", str(tmp_path)]) == 1
     (file,) = tmp_path.glob("*-gpu-check.json")
@@ -132,3 +155,64 @@ def test_kernels_are_found_in_a_checkout_that_is_not_installed() -> None:
 def test_commit_is_unknown_outside_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "ROOT", tmp_path)
     assert script.commit() == "unknown"
+
+
+def test_files_of_a_step_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half an XML, half a JSON and a progress report: each is said, and what follows is run."""
+    shows = "import time; print('collected 5 items'); print('tests/a.py::b PASSED [ 20%]', flush=True); time.sleep(60)"
+    half = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
+
+    def steps() -> list[object]:
+        return [
+            step("build", "build", ""),
+            step("cut", "tests", "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); " + shows, 1),
+            script.Step("xml", "tests", 5, 5, (sys.executable, "-c", half, "{out}/t.xml", JUNIT[:90]), "t.xml"),
+            script.Step("json", "bench", 5, 5, (sys.executable, "-c", half, "{out}/a.json", '{"op"'), "*.json"),
+            step("last", "bench", ""),
+        ]
+
+    monkeypatch.setattr(script, "steps", steps)
+    monkeypatch.setattr(script, "nvcc", lambda: None)
+    report = script.check(None, tmp_path)
+    said = {o.name: (o.status, o.detail) for o in report.outcomes}
+    assert said["build"] == ("ok", "no nvcc here: without the CUDA C++ kernels")
+    assert said["cut"] == ("timed out", "1 of 5 tests ran")
+    assert said["xml"][0] == said["json"][0] == "failed"
+    assert said["xml"][1].startswith("t.xml cannot be read")
+    assert said["json"][1].startswith("a.json cannot be read")
+    assert said["last"][0] == "ok"
+
+
+def test_tests_that_ran_are_counted_in_the_output_of_workers_too() -> None:
+    workers = "8 workers [12 items]\n[gw0] [  8%] PASSED tests/gpu/a.py::b\n[gw1] [ 16%] FAILED tests/gpu/a.py::c\n"
+    assert script.tests_that_ran(workers) == "2 of 12 tests ran"
+    assert script.tests_that_ran("collected 9 items / 5 deselected / 4 selected\na::b SKIPPED (no) [ 25%]\n") == (
+        "1 of 4 tests ran"
+    )
+    assert script.tests_that_ran("no test") == ""
+
+
+def test_cuda_is_built_where_nvcc_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extension of an earlier build is gone before."""
+    monkeypatch.undo()
+    (tmp_path / "fastret").mkdir()
+    for name in ("_cuda.cpython-311.so", "_C.cpython-311.so"):
+        (tmp_path / "fastret" / name).touch()
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.delenv("FASTRET_CUDA", raising=False)
+    script.remove_extension()
+    assert [file.name for file in (tmp_path / "fastret").iterdir()] == ["_C.cpython-311.so"]
+    monkeypatch.setattr(script, "nvcc", lambda: "/usr/bin/nvcc")
+    assert script.environment()["FASTRET_CUDA"] == "1"
+    monkeypatch.setenv("FASTRET_CUDA", "0")
+    assert script.environment()["FASTRET_CUDA"] == "0"
+    monkeypatch.setattr(script, "nvcc", lambda: None)
+    monkeypatch.delenv("FASTRET_CUDA")
+    assert "FASTRET_CUDA" not in script.environment()
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "a-file"
+    file.touch()
+    assert script.main(["--output", str(file / "results")]) == 2
+    assert f"gpu_check: {file / 'results'} cannot be written: " in capsys.readouterr().err

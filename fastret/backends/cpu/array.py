@@ -23,7 +23,13 @@ def rows_of(t: Tensor) -> Tensor:
 
 
 def array(t: Tensor) -> ArrayTuple:
-    """A (rows, cols) tensor accepted by ``rows_of``, or a contiguous vector as one row. It borrows: keep the tensor."""
+    """A (rows, cols) tensor accepted by ``rows_of``, or a contiguous vector as one row. It borrows: keep the tensor.
+
+    Raises:
+        ValueError: C++ would read other numbers than the vector's.
+    """
+    if t.dim() == 1 and not t.is_contiguous():
+        raise ValueError(f"C++ kernels take contiguous vectors, not one of stride {t.stride(0)}")
     rows, cols = t.shape if t.dim() == 2 else (1, t.numel())
     stride = t.stride(0) if t.dim() == 2 and rows > 1 else cols
     available = t.untyped_storage().nbytes() - t.storage_offset() * t.element_size()

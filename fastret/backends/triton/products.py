@@ -3,50 +3,42 @@ would lose what small temperatures multiply.
 
 On CUDA PyTorch multiplies such rows into float32. Where it does not (CPU tensors, in the interpreter), operands are
 widened first, which gives the same products at the price of a copy and of float32's speed.
-"""
 
-import functools
+Under torch.use_deterministic_algorithms(True) PyTorch refuses these products on CUDA unless CUBLAS_WORKSPACE_CONFIG is
+:4096:8 or :16:8, as all products of cuBLAS.
+"""
 
 import torch
 from torch import Tensor
 
-
-@functools.cache
-def into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch multiplies rows of this half-precision dtype into float32 on this device."""
-    one = torch.zeros(16, 16, dtype=dtype, device=device)
-    try:
-        torch.mm(one, one, out_dtype=torch.float32)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
+# What this version of PyTorch has is read from its operators: a trial may fail for want of memory, and launches.
+INTO_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype_out")  # since 2.8
+ONTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-@functools.cache
-def onto_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it also adds such products to a float32 matrix in place, which not all versions do."""
-    one = torch.zeros(16, 16, dtype=dtype, device=device)
-    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
-    try:
-        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
+def into_float32(t: Tensor) -> bool:
+    """Whether PyTorch multiplies half-precision rows like these into float32: on CUDA alone."""
+    return INTO_FLOAT32 and t.is_cuda
+
+
+def onto_float32(t: Tensor) -> bool:
+    """Whether it also adds such products to a float32 matrix in place."""
+    return ONTO_FLOAT32 and t.is_cuda
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out = a @ b, in the dtype of ``out``; a and b have one dtype."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if into_float32(a.device, a.dtype):
+    if into_float32(a):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the dtype of ``total``; a may be wider than b."""
-    if a.dtype == b.dtype != total.dtype and into_float32(a.device, a.dtype):
-        if onto_float32(a.device, a.dtype):
+    if a.dtype == b.dtype != total.dtype and into_float32(a):
+        if onto_float32(a):
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         else:
             total += torch.mm(a, b, out_dtype=total.dtype)
