@@ -42,6 +42,7 @@ def write_plot(report: Report, folder: Path) -> None:
         curve.plot(epochs, [100 * point.share for point in report.curve], color=AFTER, marker="o", markersize=3)
         curve.set_title(f"{names[0]} after so many epochs")
         curve.set_xlabel("epoch")
+        curve.xaxis.get_major_locator().set_params(integer=True)
         curve.set_ylabel("%")
         curve.grid(alpha=0.3)
     bars_of = ((-0.2, "untrained", BEFORE, report.before), (0.2, "trained", AFTER, report.after))

@@ -119,7 +119,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
             _tile(64, 16, 64, 8, 3, SLICE=512),
         ),
         "sm_100": (
-            _tile(64, 16, 64, 4, 3, SLICE=128),
+            _tile(32, 16, 64, 4, 3, SLICE=128),
             _tile(64, 16, 64, 8, 3, SLICE=256),
             _tile(32, 32, 64, 8, 3, SLICE=512),
         ),
@@ -137,7 +137,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("lse gradient tf32", 4): {
         "sm_80": (_tile(64, 32, 32, 8, 2, SLICE=128),),
         "sm_90": (_tile(64, 16, 32, 8, 2, SLICE=128),),
-        "sm_100": (_tile(32, 16, 16, 8, 2, SLICE=128),),
+        "sm_100": (_tile(32, 32, 32, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 4, 2, SLICE=128),),
     },
     ("lse gradient", 8): {
@@ -167,7 +167,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("assign rows", 4): {
         "sm_80": (_assign(64, 32, 8, 32), _assign(32, 16, 8, 128)),
         "sm_90": (_assign(64, 32, 8, 32), _assign(16, 32, 8, 128)),
-        "sm_100": (_assign(64, 64, 8, 32), _assign(16, 16, 8, 128)),
+        "sm_100": (_assign(64, 64, 8, 32), _assign(64, 16, 8, 128)),
         "gfx942": (_assign(32, 64, 4, 32), _assign(32, 16, 8, 128)),
     },
     ("assign rows", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
