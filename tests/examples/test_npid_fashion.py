@@ -4,24 +4,14 @@ import npid_fashion as example
 import pytest
 import torch
 
-from fastret.data import ImageSet, load_glyphs
-
-
-def _few() -> tuple[ImageSet, ImageSet]:
-    """Three fonts of 60 characters to train on, the fourth to be found."""
-    whole = load_glyphs()
-    test = torch.arange(240) % 4 == 3
-    return tuple(
-        ImageSet(whole.images[:240][rows], whole.labels[:240][rows], whole.class_names[:60], 60)
-        for rows in (~test, test)
-    )
+from fastret.data import ImageSet
 
 
 def test_learns_and_votes_after_every_epoch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    few_glyphs: tuple[ImageSet, ImageSet], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(example, "BATCH", 60)
-    monkeypatch.setattr(example, "load_fashion_mnist", _few)
+    monkeypatch.setattr(example, "load_fashion_mnist", lambda: few_glyphs)
     example.main(["--epochs", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["untrained", "epoch 1", "epoch 2", "epoch 3"]
@@ -29,8 +19,8 @@ def test_learns_and_votes_after_every_epoch(
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_memory_votes() -> None:
-    train, test = _few()
+def test_memory_votes(few_glyphs: tuple[ImageSet, ImageSet]) -> None:
+    train, test = few_glyphs
     model = torch.nn.Sequential(torch.nn.Flatten())
     memory = example.embed(model, train.images)
     found = example.accuracy(model, memory, train, test)
