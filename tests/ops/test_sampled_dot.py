@@ -88,8 +88,10 @@ def test_gradcheck_opcheck_and_refusal(impl: str, kind: str) -> None:
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("impl", FUSED)
-@pytest.mark.parametrize("kind", ["index", "first and draws"])
+@pytest.mark.parametrize(
+    ("impl", "kind"),
+    [(impl, kind) for impl in FUSED for kind in (KINDS if impl != "triton" else ["index", "first and draws"])],
+)
 def test_compile_and_torch_func(impl: str, kind: str) -> None:
     x, bank = torch.randn(5, 4, dtype=F64), torch.randn(7, 4, dtype=F64)
     given = columns(kind, 5, 7)
