@@ -28,37 +28,36 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_float32_matmul_precision(precision)
 
 
-def test_strips_are_for_rows_that_no_program_holds() -> None:
-    assert plans.plan(512, 512) == "fused"
-    assert plans.plan(528, 512) == "strip"
-    assert plans.plan(528, 512, slow_weights=True) == "fused"
-    for asked in ("fused", "strip"):
-        assert plans.plan(16, 512, asked=asked) == plans.plan(4096, 512, asked=asked, slow_weights=True) == asked
+def test_the_plan_follows_from_the_width_and_from_what_multiplies() -> None:
+    assert [plans.plan(width, 128, tensor_cores=False) for width in (128, 144)] == ["fused", "strip"]
+    assert [plans.plan(width, 512, tensor_cores=True) for width in (64, 80, 4096)] == ["fused", "weights", "weights"]
+    for asked in ("fused", "weights", "strip"):
+        assert {plans.plan(w, 512, tensor_cores=t, asked=asked) for w in (16, 4096) for t in (True, False)} == {asked}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind", "widest"),
+    ("dtype", "kind", "widest", "wider"),
     [
-        (torch.bfloat16, "lse gradient", 512),
-        (torch.bfloat16, "gradient", 512),
-        (torch.bfloat16, "lse heavy", 128),
-        (torch.float32, "lse gradient", 128),
-        (torch.float32, "gradient", 128),
-        (torch.float64, "lse gradient", 32),
+        (torch.bfloat16, "lse gradient", 64, "weights"),
+        (torch.float16, "gradient", 64, "weights"),
+        (torch.bfloat16, "lse heavy", 64, "weights"),
+        (torch.float32, "lse gradient", 128, "strip"),
+        (torch.float32, "gradient", 128, "strip"),
+        (torch.float64, "lse gradient", 32, "strip"),
     ],
 )
-def test_the_widest_rows_of_fused_kernels(dtype: torch.dtype, kind: str, widest: int) -> None:
+def test_the_widest_rows_of_fused_kernels(dtype: torch.dtype, kind: str, widest: int, wider: str) -> None:
     def plan(width: int) -> str:
         return plans.plan_for(torch.empty(3, width, dtype=dtype, device=DEVICE), kind)
 
-    assert [plan(widest), plan(widest + 1), plan(4096)] == ["fused", "strip", "strip"]
+    assert [plan(widest), plan(widest + 1), plan(4096)] == ["fused", wider, wider]
 
 
-def test_float16_stays_fused_while_its_weights_would_be_multiplied_slowly() -> None:
-    rows = torch.empty(3, 4096, dtype=torch.float16, device=DEVICE)
+def test_float32_goes_by_weights_where_its_products_may_be_tf32() -> None:
+    rows = torch.empty(3, 80, device=DEVICE)
     assert plans.plan_for(rows, "gradient") == "fused"
     torch.set_float32_matmul_precision("high")
-    assert plans.plan_for(rows, "gradient") == "strip"
+    assert plans.plan_for(rows, "gradient") == "weights"
 
 
 def test_ranks_stay_fused_where_no_strip_fits() -> None:
@@ -92,6 +91,22 @@ def test_grid(n: int, m: int, pairs: int, step: int, expected: tuple[int, int]) 
 
 
 @pytest.mark.parametrize(
+    ("n", "m", "pairs", "step", "expected"),
+    [
+        (5, 7, 10**6, 16, (5, 7)),
+        (70, 51, 40 * 40, 16, (32, 48)),
+        (70, 51, 1, 16, (16, 16)),
+        (32768, 32768, 2**26, 128, (8192, 8192)),
+        (512, 10**6, 2**26, 128, (512, 131072)),
+        (10**6, 512, 2**26, 128, (131072, 512)),
+        (3, 0, 100, 16, (3, 0)),
+    ],
+)
+def test_square_grid(n: int, m: int, pairs: int, step: int, expected: tuple[int, int]) -> None:
+    assert plans.square_grid(n, m, pairs, step) == expected
+
+
+@pytest.mark.parametrize(
     ("text", "expected"), [("4096", 4096), ("1KiB", 1024), ("128MiB", 2**27), ("128 MiB", 2**27), ("2GiB", 2**31)]
 )
 def test_workspace(monkeypatch: pytest.MonkeyPatch, text: str, expected: int) -> None:
@@ -108,7 +123,9 @@ def test_bad_workspace(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_bad_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "_chosen", "strips")
-    with pytest.raises(ValueError, match="FASTRET_TRITON_PLAN: expected one of auto, fused, strip, got 'strips'"):
+    with pytest.raises(
+        ValueError, match="FASTRET_TRITON_PLAN: expected one of auto, fused, weights, strip, got 'strips'"
+    ):
         masked_lse_op(torch.ones(2, 3, device=DEVICE), heads=[Head()], impl="triton")
 
 
@@ -256,7 +273,7 @@ def test_the_setting_of_cuda_alone_is_heard(launched: dict[str, set[str]]) -> No
 
 def test_wide_rows_go_by_strips(launched: dict[str, set[str]]) -> None:
     """Nothing is asked for: rows that no program holds leave the fused gradients alone."""
-    everything(torch.bfloat16, 520)
+    everything(torch.float32, 144)
     fused = {"masked_lse_gradient_kernel", "rank_gradient_kernel"}
     assert launched.keys() == {name for _, names in KERNELS for name in names} - fused
 

@@ -1,14 +1,17 @@
-"""Fused kernels or strips: how masked_lse, pair sums, row extrema and rank sums go through their pair matrix on a GPU.
+"""How masked_lse, pair sums, row extrema and rank sums go through their pair matrix on a GPU.
 
 "fused": tiles of S are multiplied where they are used, and multiplied again for every slice of features that a program
-accumulates in registers. "strip": PyTorch multiplies a block of S into a workspace of bounded size, one kernel reads
-it, in backward another turns it into pair weights in place, and PyTorch multiplies these by the rows: 4 matmuls forward
-and backward, at the vendor library's speed, and 4 to 6 passes over the stored scores. ``plan`` decides.
+accumulates in registers. "weights": tiles of S are multiplied where they are used, in backward into pair weights that
+are stored block by block in a workspace of bounded size, in the dtype of the rows, and PyTorch multiplies these by the
+rows of either side: 3 matmuls and one for each head's forward, and 3 passes over the stored weights. "strip": PyTorch
+multiplies S into the workspace too: 4 matmuls forward and backward, all at the vendor library's speed, and 4 to 6
+passes over the stored scores. ``plan`` decides.
 
-FASTRET_TRITON_PLAN=fused|strip decides otherwise, for measuring. FASTRET_WORKSPACE is the bound: bytes, or a number
-with KiB, MiB or GiB; 128MiB where it is not set.
+FASTRET_TRITON_PLAN=fused|weights|strip decides otherwise, for measuring. FASTRET_WORKSPACE is the bound: bytes, or a
+number with KiB, MiB or GiB; 128MiB where it is not set.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -23,7 +26,8 @@ from fastret.backends.triton import products
 from fastret.backends.triton.rows import padded
 from fastret.kernels.triton import config
 
-PLANS = ("auto", "fused", "strip")
+PLANS = ("auto", "fused", "weights", "strip")
+NARROW = 64  # features up to which tensor cores multiply S again in the time that stored weights take
 UNITS = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 ENOUGH = 512  # rows with which a product is limited by arithmetic: fewer, and the columns are divided instead
 RESIDENT = 4  # programs of a kernel that only reads and computes, of which a multiprocessor has room for as many
@@ -57,43 +61,54 @@ def chosen() -> str:
     return _chosen
 
 
-def plan(width: int, held: int, *, asked: str = "auto", slow_weights: bool = False) -> str:
-    """ "fused" while one program holds the gradient of a row, "strip" above.
+def plan(width: int, held: int, *, tensor_cores: bool, asked: str = "auto") -> str:
+    """The plan for rows of a width, by counts (docs/performance.md).
 
-    Strips multiply S once in each direction, fused kernels once more for every slice of either side.
+    On tensor cores a fused gradient is bound by the rows that its low tiles read again and again, above NARROW by more
+    than weights cost; what the ordinary units multiply is bound by products, which are fewest, and fastest, in strips
+    once a program does not hold a row's gradient.
 
     Args:
         width: of the rows, padded.
-        held: features that a program of the fused gradient holds; by ``config`` 512 of half precision, 128 of float32
-            or for many conditions, 32 of float64.
+        held: features that a program of the fused gradient holds; by ``config`` 128 of float32, 32 of float64.
+        tensor_cores: whether they multiply these rows.
         asked: "auto", or the answer.
-        slow_weights: weights cannot be multiplied on tensor cores outside of the fused kernels. Counted in float16
-            matmuls, those of float32 taking about 13: strips 28, fused 9 at D = 768 and 21 at D = 4096.
     """
     if asked != "auto":
         return asked
-    return "strip" if width > held and not slow_weights else "fused"
+    if tensor_cores:
+        return "weights" if width > NARROW else "fused"
+    return "strip" if width > held else "fused"
 
 
 def plan_for(rows: Tensor, kind: str) -> str:
     """``plan`` for packed rows whose fused gradient has this kind of tiles."""
-    slow = rows.dtype == torch.float16 and config.precision(torch.float32) == "ieee"
+    tensor_cores = rows.dtype.itemsize == 2 or config.precision(rows.dtype) == "tf32"
     held = config.held(kind, rows.device, rows.dtype)
-    return plan(padded(rows.shape[1]), held, asked=chosen(), slow_weights=slow)
+    return plan(padded(rows.shape[1]), held, tensor_cores=tensor_cores, asked=chosen())
+
+
+def _rounded(fit: int, size: int, step: int) -> int:
+    """A multiple of ``step`` that fits, or all of ``size``."""
+    return min(size, max(step, fit // step * step))
 
 
 def grid(n: int, m: int, pairs: int, step: int, *, whole_rows: bool = False) -> tuple[int, int]:
     """Rows and columns of a block of at most ``pairs`` scores, multiples of ``step`` as far as there are as many; at
     least ``step`` of both. All columns where ENOUGH rows of them fit, or ``whole_rows`` are asked for."""
-
-    def rounded(fit: int, size: int) -> int:
-        return min(size, max(step, fit // step * step))
-
     fit = pairs // max(m, 1)
     if whole_rows or fit >= min(n, ENOUGH):
-        return rounded(fit, n), m
-    rows = rounded(min(ENOUGH, pairs // step), n)
-    return rows, rounded(pairs // rows, m)
+        return _rounded(fit, n, step), m
+    rows = _rounded(min(ENOUGH, pairs // step), n, step)
+    return rows, _rounded(pairs // rows, m, step)
+
+
+def square_grid(n: int, m: int, pairs: int, step: int) -> tuple[int, int]:
+    """The same for weights: blocks as square as they can be, as the gradients of both sides are read and written once
+    for every block along the other."""
+    side = math.isqrt(pairs)
+    rows = _rounded(max(side, pairs // max(m, 1)), n, step)
+    return rows, _rounded(pairs // max(rows, 1), m, step)
 
 
 @dataclass(frozen=True)
@@ -109,16 +124,19 @@ class Strips:
     u: Tensor
     v: Tensor
     whole_rows: bool = False
+    stored: bool = True  # the scores; only weights are where the plan is "weights"
 
     @property
     def half(self) -> bool:
-        """Whether weights are rounded to the dtype of the rows, in a place of their own. float16 has too little range
-        for gradients: its weights stay float32."""
-        return self.u.dtype == torch.bfloat16
+        """Whether weights are rounded to the dtype of the rows. float16 has too little range for gradients: where its
+        weights take the place of scores they stay float32."""
+        return self.u.dtype.itemsize == 2 and (self.u.dtype == torch.bfloat16 or not self.stored)
 
     def room(self) -> int:
         """Pairs of a block."""
-        return workspace() // (accumulation_dtype(self.u.dtype).itemsize + self.u.dtype.itemsize * self.half)
+        wide = accumulation_dtype(self.u.dtype).itemsize
+        size = self.u.dtype.itemsize * self.half + wide * (self.stored or not self.half)
+        return workspace() // size
 
     def fits(self) -> bool:
         """Whether whole rows do, as many as a block has at the least."""
@@ -127,20 +145,33 @@ class Strips:
     def shape(self) -> tuple[int, int]:
         """Rows and columns of all blocks but the last."""
         step = config.granularity(self.u.device)
+        if not self.stored:
+            return square_grid(len(self.u), len(self.v), self.room(), step)
         return grid(len(self.u), len(self.v), self.room(), step, whole_rows=self.whole_rows)
 
-    def space_of_weights(self) -> Tensor | None:
-        """For those of a block, as far apart as its scores; None where they take the place of the scores."""
+    def space(self, dtype: torch.dtype) -> Tensor:
+        """For the numbers of a block, rows as far apart in every dtype."""
         rows, columns = self.shape()
-        return torch.empty(rows, padded(columns), dtype=self.u.dtype, device=self.u.device) if self.half else None
+        return torch.empty(rows, padded(columns), dtype=dtype, device=self.u.device)
 
-    def blocks(self) -> Iterator[tuple[Block, Tensor]]:
-        """Every block, rows by rows, and its scores, which the next one overwrites."""
+    def space_of_weights(self) -> Tensor | None:
+        """For those of a block; None where they take the place of the scores."""
+        if self.half:
+            return self.space(self.u.dtype)
+        return None if self.stored else self.space(accumulation_dtype(self.u.dtype))
+
+    def places(self) -> Iterator[Block]:
+        """Every block, rows by rows."""
         rows, columns = self.shape()
-        space = torch.empty(rows, padded(columns), dtype=accumulation_dtype(self.u.dtype), device=self.u.device)
         for i in range(0, len(self.u), rows):
             for j in range(0, len(self.v), columns):
-                b = Block(i, min(rows, len(self.u) - i), j, min(columns, len(self.v) - j))
-                scores = space[: b.rows, : b.columns]
-                products.multiply(self.u[i : i + b.rows], self.v[j : j + b.columns].T, scores)
-                yield b, scores
+                yield Block(i, min(rows, len(self.u) - i), j, min(columns, len(self.v) - j))
+
+    def blocks(self) -> Iterator[tuple[Block, Tensor]]:
+        """Every block and its scores, which the next one overwrites."""
+        space = self.space(accumulation_dtype(self.u.dtype))
+        for b in self.places():
+            scores = space[: b.rows, : b.columns]
+            u, v = self.u[b.first_row :][: b.rows], self.v[b.first_column :][: b.columns]
+            products.multiply(u, v.T, scores)
+            yield b, scores

@@ -11,9 +11,11 @@ Under torch.use_deterministic_algorithms(True) PyTorch refuses these products on
 import torch
 from torch import Tensor
 
-# What this version of PyTorch has is read from its operators: a trial may fail for want of memory, and launches.
+# What this version of PyTorch has is read from its operators and its number: a trial may fail for want of memory, and
+# launches. Until 2.10 addmm with an out_dtype wanted the matrix added to in the dtype of the factors (PyTorch's pull
+# request 167931).
 INTO_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype_out")  # since 2.8
-ONTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")
+ONTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out") and torch.__version__ >= (2, 11)
 
 
 def into_float32(t: Tensor) -> bool:
