@@ -14,6 +14,8 @@ With slope_qij = sigmoid' = u (1 - u) / tau and upstream gradients a = d/d rank_
 
 Cost: N M G sigmoids forward and as many backward, for G positives a query. State kept for backward: the rows, O(N + M)
 integers, and what the caller's formula keeps of rank_all and rank_pos: two floats a positive pair, nothing N x M.
+Triton keeps a third: tau times the sum of slope_qij over negatives j, which depends on no upstream gradient. Forward
+takes it in its sweep where a gradient may be wanted, and backward sweeps the gallery once less.
 """
 
 from typing import Any, NamedTuple
@@ -101,8 +103,9 @@ def rank_sums(
     if isinstance(temperature, Tensor):
         x, y = _scaled(x, y, temperature, normalize)
         temperature, normalize = 1.0, False
-    options = (float(temperature), exclude_self, normalize, chosen)
-    rank_all, rank_pos, _, _, count = _RankSums.apply(x, y, labels, y_labels, samples_per_class, *options)
+    slopes = checks.wants_gradient(x) or checks.wants_gradient(y)
+    options = (float(temperature), exclude_self, normalize, slopes, chosen)
+    rank_all, rank_pos, *_, count = _RankSums.apply(x, y, labels, y_labels, samples_per_class, *options)
     return RankSums(rank_all, rank_pos, count)
 
 
@@ -138,6 +141,11 @@ def segments_of(
     return s.order, s.start, s.count
 
 
+def _sums_slopes(impl: str) -> bool:
+    """Whether an implementation's backward takes the slopes that its forward sums."""
+    return hasattr(registry.IMPLEMENTATIONS[impl].module("rank_sums"), "SUMS_SLOPES")
+
+
 def _forward(
     x: Tensor,
     y: Tensor | None,
@@ -147,11 +155,13 @@ def _forward(
     temperature: float,
     exclude_self: bool,
     normalize: bool,
+    slopes: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     order, start, count = segments_of(labels, y_labels, samples_per_class)
     pairs = int(count.sum()) if samples_per_class is None else len(x) * samples_per_class
-    rank_all, rank_pos = (
+    wanted = {"slopes": slopes} if _sums_slopes(impl) else {}
+    rank_all, rank_pos, *summed = (
         registry.IMPLEMENTATIONS[impl]
         .module("rank_sums")
         .forward(
@@ -162,19 +172,30 @@ def _forward(
             temperature=temperature,
             exclude_self=exclude_self,
             normalize=normalize,
+            **wanted,
         )
     )
-    return rank_all, rank_pos, order, start, count
+    return rank_all, rank_pos, summed[0] if summed else rank_all.new_empty(0), order, start, count
 
 
 def _forward_fake(
-    x: Tensor, y: Tensor | None, labels: Tensor, y_labels: Tensor | None, samples_per_class: int | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    y: Tensor | None,
+    labels: Tensor,
+    y_labels: Tensor | None,
+    samples_per_class: int | None,
+    temperature: float,
+    exclude_self: bool,
+    normalize: bool,
+    slopes: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, m = x.shape[0], x.shape[0] if y is None else y.shape[0]
     pairs = torch.library.get_ctx().new_dynamic_size() if samples_per_class is None else n * samples_per_class
-    rank_all, rank_pos = (x.new_empty(pairs, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
+    sizes = pairs, pairs, pairs if slopes and _sums_slopes(impl) else 0
+    rank_all, rank_pos, summed = (x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for size in sizes)
     order, start, count = (labels.new_empty(size, dtype=torch.int64) for size in (m, n, n))
-    return rank_all, rank_pos, order, start, count
+    return rank_all, rank_pos, summed, order, start, count
 
 
 def _backward(
@@ -182,6 +203,7 @@ def _backward(
     grad_pos: Tensor,
     x: Tensor,
     y: Tensor | None,
+    slopes: Tensor,
     order: Tensor,
     start: Tensor,
     count: Tensor,
@@ -192,6 +214,9 @@ def _backward(
     need_y: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    summed = {"slopes": slopes} if _sums_slopes(impl) else {}
+    if summed and slopes.shape != grad_all.shape:
+        raise ValueError(f"slopes: expected those of {grad_all.numel()} pairs, which forward sums on request")
     dx, dy = (
         registry.IMPLEMENTATIONS[impl]
         .module("rank_sums")
@@ -206,6 +231,7 @@ def _backward(
             normalize=normalize,
             need_x=need_x,
             need_y=need_y,
+            **summed,
         )
     )
     nothing = x.new_empty(0)
@@ -217,6 +243,7 @@ def _backward_fake(
     grad_pos: Tensor,
     x: Tensor,
     y: Tensor | None,
+    slopes: Tensor,
     order: Tensor,
     start: Tensor,
     count: Tensor,
@@ -235,14 +262,14 @@ def _backward_fake(
 
 define(
     "rank_sums(Tensor x, Tensor? y, Tensor labels, Tensor? y_labels, SymInt? samples_per_class, float temperature, "
-    "bool exclude_self, bool normalize, str impl) -> (Tensor rank_all, Tensor rank_pos, Tensor order, Tensor start, "
-    "Tensor count)",
+    "bool exclude_self, bool normalize, bool slopes, str impl) -> (Tensor rank_all, Tensor rank_pos, Tensor summed, "
+    "Tensor order, Tensor start, Tensor count)",
     _forward,
     _forward_fake,
 )
 define(
-    "rank_sums_backward(Tensor grad_all, Tensor grad_pos, Tensor x, Tensor? y, Tensor order, Tensor start, "
-    "Tensor count, float temperature, bool exclude_self, bool normalize, bool need_x, bool need_y, str impl) "
+    "rank_sums_backward(Tensor grad_all, Tensor grad_pos, Tensor x, Tensor? y, Tensor slopes, Tensor order, "
+    "Tensor start, Tensor count, float temperature, bool exclude_self, bool normalize, bool need_x, bool need_y, str impl) "
     "-> (Tensor dx, Tensor dy)",
     _backward,
     _backward_fake,
@@ -266,28 +293,36 @@ class _RankSums(torch.autograd.Function):
         temperature: float,
         exclude_self: bool,
         normalize: bool,
+        slopes: bool,
         impl: str,
     ) -> tuple[Tensor, ...]:  # spelled out: without a gradient dynamo inlines this and miscounts *arguments
         result: tuple[Tensor, ...] = _forward_operator(
-            x, y, labels, y_labels, samples_per_class, temperature, exclude_self, normalize, impl
+            x, y, labels, y_labels, samples_per_class, temperature, exclude_self, normalize, slopes, impl
         )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, _, _, _, temperature, exclude_self, normalize, impl = inputs
-        _, _, order, start, count = output
+        x, y, _, _, _, temperature, exclude_self, normalize, _, impl = inputs
+        _, _, slopes, order, start, count = output
         ctx.options, ctx.impl = (temperature, exclude_self, normalize), impl
-        ctx.mark_non_differentiable(order, start, count)
-        ctx.save_for_backward(x, y, order, start, count)
+        ctx.mark_non_differentiable(slopes, order, start, count)
+        ctx.set_materialize_grads(False)  # or backward would be handed zeros for each of them
+        ctx.save_for_backward(x, y, slopes, order, start, count)
 
     @staticmethod
-    def backward(ctx: Any, grad_all: Tensor, grad_pos: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_all: Tensor | None, grad_pos: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         need_x, need_y = ctx.needs_input_grad[:2]
+        if grad_all is None:
+            if grad_pos is None:
+                return (None,) * 10
+            grad_all = torch.zeros_like(grad_pos)
+        elif grad_pos is None:
+            grad_pos = torch.zeros_like(grad_all)
         # dynamo traces no Function inside a Function's backward; a compiled graph is not differentiated twice anyway
         compute = _backward_operator if torch.compiler.is_compiling() else _RankSumsBackward.apply
         dx, dy = compute(grad_all, grad_pos, *ctx.saved_tensors, *ctx.options, need_x, need_y, ctx.impl)
-        return dx if need_x else None, dy if need_y else None, *[None] * 7
+        return dx if need_x else None, dy if need_y else None, *[None] * 8
 
 
 class _RankSumsBackward(torch.autograd.Function):

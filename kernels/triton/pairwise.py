@@ -114,6 +114,13 @@ def sigmoid2_slope(z):
 
 
 @triton.jit
+def slope_of_sigmoid2(z, u):
+    """u (1 - u) for u = sigmoid2(z), from the exponential that it was taken of; 0 at infinity."""
+    e = tl.minimum(tl.exp2(-z), 2.0**126)
+    return (e * u) * u
+
+
+@triton.jit
 def reciprocal(y, FACTORED: tl.constexpr):
     """1 / y. FACTORED = 2, for float32 on NVIDIA GPUs: without the scaling that division does for y above 2^126, where
     this is 0, and below 2^-126, where this is infinite; the operation and its accuracy are those of a division."""
@@ -132,7 +139,12 @@ def factored_sigmoid(ratio, FACTORED: tl.constexpr):
 
 
 @triton.jit
-def factored_slope_root(ratio, FACTORED: tl.constexpr):
-    """The square root of sigmoid2_slope(z) for ratio = 2^(-z / 2), not below 2^-60: infinity times 0 is no number."""
-    near = tl.minimum(ratio, 2.0**60)
-    return near * factored_sigmoid(near, FACTORED)
+def factored_slope_root(ratio, u, FACTORED: tl.constexpr):
+    """The square root of sigmoid2_slope(z) for ratio = 2^(-z / 2) and its ``factored_sigmoid`` u: their product, at most
+    1/2; 0 where the ratio overflows, not infinity times 0. FACTORED = 2: for that a product that is kept in [0, 1]."""
+    if FACTORED == 2 and ratio.dtype == tl.float32:
+        return tl.inline_asm_elementwise(
+            "mul.ftz.sat.f32 $0, $1, $2;", "=f,f,f", [ratio, u], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.minimum(ratio, 2.0**60) * u

@@ -45,12 +45,13 @@ from fastret.kernels.triton.pairwise import (
     score_tile,
     sigmoid2,
     sigmoid2_slope,
+    slope_of_sigmoid2,
 )
 
 INF = tl.constexpr(float("inf"))
 
 # Numbers that differ from batch to batch must not make new variants of a kernel.
-VARYING = ("n", "m", "pairs")
+VARYING = ("n", "m", "pairs", "first_column")
 
 
 @triton.jit
@@ -92,63 +93,75 @@ def positive_scores_kernel(
 
 
 @triton.jit
-def add_sums(total, z, scores, pair, count, own, chunk, largest, SLOPE: tl.constexpr):
-    """total (M, CHUNK) + sums over the columns j of z (M, N) of u, or u', of z_qj - z_qi, for i in slots chunk, ..."""
-    slots = (chunk + tl.arange(0, total.shape[1]))[None, :]
-    for i in range(chunk, tl.minimum(chunk + total.shape[1], largest)):
-        distance = z - load_slot(scores, pair, count, own, i, INF)[:, None]
-        u = sigmoid2_slope(distance) if SLOPE else sigmoid2(distance)
-        total += tl.where(slots == i, tl.sum(u, 1)[:, None], 0.0)
-    return total
+def stretch(begin, count):
+    """The shortest stretch of the gallery that holds all positives of some queries, and the most that one has."""
+    return tl.min(begin), tl.max(begin + count), tl.max(count)
 
 
 @triton.jit
-def add_factored_sums(
-    total, z, roots, pair, count, chunk, largest, SLOPE: tl.constexpr, FACTORED: tl.constexpr
+def is_negative(slot, count):
+    """Whether what stands ``slot`` places behind a query's first positive is none of its ``count`` positives."""
+    return (slot < 0) | (slot >= count)
+
+
+@triton.jit
+def add_sums(
+    total, slopes, z, scores, roots, pair, count, own, chunk, largest, SLOPES: tl.constexpr, FACTORED: tl.constexpr
 ):  # fmt: skip
-    """``add_sums`` with one reciprocal a summand; sums for slots that a query lacks are finite."""
+    """total (M, CHUNK) + sums over the columns j of z (M, N) of u of z_qj - z_qi, for i in slots chunk, ...; SLOPES: of
+    u' to ``slopes``. Sums for slots that a query lacks are finite."""
     slots = (chunk + tl.arange(0, total.shape[1]))[None, :]
-    s = tl.exp2(-0.5 * z)
+    if FACTORED:
+        s = tl.exp2(-0.5 * z)
     for i in range(chunk, tl.minimum(chunk + total.shape[1], largest)):
-        ratio = s * tl.load(roots + pair + i, mask=i < count, other=1.0)[:, None]
-        if SLOPE:
-            root = factored_slope_root(ratio, FACTORED)
-            u = root * root
-        else:
+        here = tl.where(slots == i, 1.0, 0.0).to(total.dtype)
+        if FACTORED:
+            ratio = s * tl.load(roots + pair + i, mask=i < count, other=1.0)[:, None]
             u = factored_sigmoid(ratio, FACTORED)
-        total += tl.where(slots == i, tl.sum(u, 1)[:, None], 0.0)
-    return total
+        else:
+            distance = z - load_slot(scores, pair, count, own, i, INF)[:, None]
+            u = sigmoid2(distance)
+        total += here * tl.sum(u, 1)[:, None]
+        if SLOPES:
+            if FACTORED:
+                root = factored_slope_root(ratio, u, FACTORED)
+                slope = root * root
+            else:
+                slope = slope_of_sigmoid2(distance, u)
+            slopes += here * tl.sum(slope, 1)[:, None]
+    return total, slopes
 
 
 @triton.jit
 def sum_negatives(
-    x, y, scores, roots, row, begin, count, pair, own, chunk, largest, m, width, scale,
-    SLOPE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
+    x, y, scores, roots, row, begin, count, pair, own, chunk, lowest, highest, largest, m, width, scale,
+    SLOPES: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(M, CHUNK) sums of u, or u', of z_qj - z_qi over the negatives j among this program's columns."""
+    """(M, CHUNK) sums of u, and of u' where SLOPES, of z_qj - z_qi over the negatives j among this program's columns."""
     total = tl.zeros((row.shape[0], CHUNK), dtype=scale.dtype)
+    slopes = tl.zeros((row.shape[0], CHUNK), dtype=scale.dtype)
     low_column, high_column = owned_columns(m, 1, BLOCK_N)
     for low in range(low_column, high_column, BLOCK_N):
         column = low + tl.arange(0, BLOCK_N)
         z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, PRECISION, BLOCK_K)
-        slot = column[None, :] - begin[:, None]
-        negative = ((slot < 0) | (slot >= count[:, None])) & (column < m)[None, :]
-        z = tl.where(negative, z, -INF)
-        if FACTORED:
-            total = add_factored_sums(total, z, roots, pair, count, chunk, largest, SLOPE, FACTORED)
-        else:
-            total = add_sums(total, z, scores, pair, count, own, chunk, largest, SLOPE)
-    return total
+        if ((low < highest) & (low + BLOCK_N > lowest)) | (low + BLOCK_N > m):
+            negative = is_negative(column[None, :] - begin[:, None], count[:, None])
+            z = tl.where(negative & (column < m)[None, :], z, -INF)
+        total, slopes = add_sums(
+            total, slopes, z, scores, roots, pair, count, own, chunk, largest, SLOPES, FACTORED
+        )  # fmt: skip
+    return total, slopes
 
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_sums_kernel(
-    x, y, start, size, first, self_slot, scale, scores, roots, rank_all, rank_pos, n, m, width, pairs,
+    x, y, start, size, first, self_slot, scale, scores, roots, rank_all, rank_pos, slopes, n, m, width, pairs,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """rank_all, rank_pos (parts, P), to be summed over the parts: grid axis 1 divides the competitors.
+    """rank_all, rank_pos and, unless it is None, slopes (parts, P), to be summed over the parts: grid axis 1 divides the
+    competitors.
 
     Classes of any size are worked in chunks of positives, with a sweep of the gallery for each.
     """
@@ -156,84 +169,84 @@ def rank_sums_kernel(
     part, parts = tl.program_id(1), tl.num_programs(1)
     begin, count, pair, own = load_queries(row, start, size, first, self_slot)
     scale = tl.load(scale)
-    largest = tl.max(count)
+    lowest, highest, largest = stretch(begin, count)
     for chunk in range(0, largest, CHUNK):
-        negatives = sum_negatives(
-            x, y, scores, roots, row, begin, count, pair, own, chunk, largest, m, width, scale,
-            False, CHUNK, PRECISION, FACTORED, BLOCK_N, BLOCK_K,
+        negatives, negative_slopes = sum_negatives(
+            x, y, scores, roots, row, begin, count, pair, own, chunk, lowest, highest, largest, m, width, scale,
+            slopes is not None, CHUNK, PRECISION, FACTORED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        i = (chunk + tl.arange(0, CHUNK))[None, :]
+        z_i = load_slot(scores, pair[:, None], count[:, None], own[:, None], i, INF)
         positives = tl.zeros((BLOCK_M, CHUNK), dtype=scale.dtype)
-        for low in range(part * CHUNK, largest, parts * CHUNK):
-            j = (low + tl.arange(0, CHUNK))[None, :]
-            z = load_slot(scores, pair[:, None], count[:, None], own[:, None], j, -INF)
-            positives = add_sums(positives, z, scores, pair, count, own, chunk, largest, False)
+        for j in range(part, largest, parts):
+            positives += sigmoid2(load_slot(scores, pair, count, own, j, -INF)[:, None] - z_i)
         # j = i is among the summands with u(0) = 1/2 where the definition counts 1; the excluded pair holds 1 and 0
         once = tl.where(part == 0, 1.0, 0.0)
-        i = (chunk + tl.arange(0, CHUNK))[None, :]
         excluded = i == own[:, None]
         positives = tl.where(excluded, 0.0, positives + 0.5 * once)
         target = part.to(tl.int64) * pairs + pair[:, None] + i
         wanted = (i < count[:, None]) & exists[:, None]
         tl.store(rank_pos + target, positives, mask=wanted)
         tl.store(rank_all + target, tl.where(excluded, once, positives + negatives), mask=wanted)
+        if slopes is not None:
+            tl.store(slopes + target, tl.where(excluded, 0.0, negative_slopes), mask=wanted)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def pair_gradient_kernel(
-    x, y, start, size, first, self_slot, scale, scores, roots, grad_all, grad_pos, grad_scores, n, m, width, pairs,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def positive_gradient_kernel(
+    start, size, first, self_slot, scores, slopes, grad_all, grad_pos, grad_scores, n,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """grad_scores (parts, P), to be summed over the parts: tau dS of every positive pair, 0 for the excluded one."""
+    """grad_scores (P,): tau dS of every positive pair, 0 for the excluded one; grid axis 1 divides the slots."""
     row, exists = owned_rows(n, BLOCK_M)
-    part, parts = tl.program_id(1), tl.num_programs(1)
     begin, count, pair, own = load_queries(row, start, size, first, self_slot)
-    scale = tl.load(scale)
     largest = tl.max(count)
-    for chunk in range(0, largest, CHUNK):
-        negatives = sum_negatives(
-            x, y, scores, roots, row, begin, count, pair, own, chunk, largest, m, width, scale,
-            True, CHUNK, PRECISION, FACTORED, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        slots = (chunk + tl.arange(0, CHUNK))[None, :]
-        positives = tl.zeros((BLOCK_M, CHUNK), dtype=scale.dtype)
-        for low in range(part * CHUNK, largest, parts * CHUNK):
-            j = (low + tl.arange(0, CHUNK))[None, :]
-            z = load_slot(scores, pair[:, None], count[:, None], own[:, None], j, -INF)
-            w = load_slot(grad_all, pair[:, None], count[:, None], own[:, None], j, 0.0)
-            w += load_slot(grad_pos, pair[:, None], count[:, None], own[:, None], j, 0.0)
-            for i in range(chunk, tl.minimum(chunk + CHUNK, largest)):
-                slope = sigmoid2_slope(z - load_slot(scores, pair, count, own, i, INF)[:, None])
-                w_i = load_slot(grad_all, pair, count, own, i, 0.0) + load_slot(grad_pos, pair, count, own, i, 0.0)
-                positives += tl.where(slots == i, tl.sum((w - w_i[:, None]) * slope, 1)[:, None], 0.0)
-        a = load_slot(grad_all, pair[:, None], count[:, None], own[:, None], slots, 0.0)
-        target = part.to(tl.int64) * pairs + pair[:, None] + slots
-        wanted = (slots < count[:, None]) & exists[:, None]
-        tl.store(grad_scores + target, positives - a * negatives, mask=wanted)
+    for chunk in range(tl.program_id(1) * CHUNK, largest, tl.num_programs(1) * CHUNK):
+        i = (chunk + tl.arange(0, CHUNK))[None, :]
+        z_i = load_slot(scores, pair[:, None], count[:, None], own[:, None], i, INF)
+        a_i = load_slot(grad_all, pair[:, None], count[:, None], own[:, None], i, 0.0)
+        w_i = a_i + load_slot(grad_pos, pair[:, None], count[:, None], own[:, None], i, 0.0)
+        total = -a_i * load_slot(slopes, pair[:, None], count[:, None], own[:, None], i, 0.0)
+        for j in range(0, largest):
+            z = load_slot(scores, pair, count, own, j, -INF)
+            w = load_slot(grad_all, pair, count, own, j, 0.0) + load_slot(grad_pos, pair, count, own, j, 0.0)
+            total += (w[:, None] - w_i) * sigmoid2_slope(z[:, None] - z_i)
+        tl.store(grad_scores + pair[:, None] + i, total, mask=(i < count[:, None]) & exists[:, None])
+
+
+@triton.jit
+def add_slopes(
+    t, z, scores, roots, grad_all, pair, count, own, largest, AXIS: tl.constexpr, FACTORED: tl.constexpr
+):  # fmt: skip
+    """t + sum over positives i of a_qi u'(z_qj - z_qi) for the z of pairs whose queries are the rows (AXIS 1) or the
+    columns (AXIS 0); nothing where z is -infinity."""
+    if FACTORED:
+        s = tl.exp2(-0.5 * z)
+    for i in range(0, largest):
+        a_i = tl.expand_dims(load_slot(grad_all, pair, count, own, i, 0.0), AXIS)
+        if FACTORED:
+            ratio = s * tl.expand_dims(tl.load(roots + pair + i, mask=i < count, other=1.0), AXIS)
+            root = factored_slope_root(ratio, factored_sigmoid(ratio, FACTORED), FACTORED)
+            t += a_i * (root * root)
+        else:
+            z_i = tl.expand_dims(load_slot(scores, pair, count, own, i, INF), AXIS)
+            t += a_i * sigmoid2_slope(z - z_i)
+    return t
 
 
 @triton.jit
 def add_gradient(
-    t, z, competitor, valid, scores, roots, grad_all, grad_scores, begin, count, pair, own,
+    t, z, competitor, valid, touched, scores, roots, grad_all, grad_scores, begin, count, pair, own, largest,
     AXIS: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
-    """t + tau dS of the pairs in z, whose queries are its rows (AXIS 1) or its columns (AXIS 0)."""
-    slot = competitor - tl.expand_dims(begin, AXIS)
-    positive = (slot >= 0) & (slot < tl.expand_dims(count, AXIS))
-    z = tl.where(valid & ~positive, z, -INF)
-    if FACTORED:
-        s = tl.exp2(-0.5 * z)
-        for i in range(0, tl.max(count)):
-            f = tl.load(roots + pair + i, mask=i < count, other=1.0)
-            a_i = load_slot(grad_all, pair, count, own, i, 0.0)
-            root = factored_slope_root(s * tl.expand_dims(f, AXIS), FACTORED)
-            t += tl.expand_dims(a_i, AXIS) * root * root
-    else:
-        for i in range(0, tl.max(count)):
-            z_i = load_slot(scores, pair, count, own, i, INF)
-            a_i = load_slot(grad_all, pair, count, own, i, 0.0)
-            t += tl.expand_dims(a_i, AXIS) * sigmoid2_slope(z - tl.expand_dims(z_i, AXIS))
-    return t + tl.load(grad_scores + tl.expand_dims(pair, AXIS) + slot, mask=valid & positive, other=0.0)
+    """t + tau dS of the pairs in z, queries along AXIS as in ``add_slopes``. ``touched``: whether some are positive, or
+    not valid, whose dS is 0."""
+    if touched:
+        slot = competitor - tl.expand_dims(begin, AXIS)
+        negative = is_negative(slot, tl.expand_dims(count, AXIS))
+        z = tl.where(valid & negative, z, -INF)
+        t += tl.load(grad_scores + tl.expand_dims(pair, AXIS) + slot, mask=valid & ~negative, other=0.0)
+    return add_slopes(t, z, scores, roots, grad_all, pair, count, own, largest, AXIS, FACTORED)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -249,11 +262,13 @@ def rank_gradient_kernel(
     axis 1 divides the features, SLICE a program; axis 2 the columns.
     """
     row, exists = owned_rows(n, BLOCK_M)
+    low_row = tl.program_id(0) * BLOCK_M
     feature = tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     scale = tl.load(scale)
     total = tl.zeros((BLOCK_M, SLICE), dtype=scale.dtype)
     if ROWS:
         begin, count, pair, own = load_queries(row, start, size, first, self_slot)
+        lowest, highest, largest = stretch(begin, count)
     low_column, high_column = owned_columns(m, 2, BLOCK_N)
     for low in range(low_column, high_column, BLOCK_N):
         column = low + tl.arange(0, BLOCK_N)
@@ -261,16 +276,20 @@ def rank_gradient_kernel(
         column = tl.minimum(column, m - 1)
         z = score_tile(u, v, row, column, width, scale, PRECISION, BLOCK_K)
         t = tl.zeros_like(z)
+        last = low + BLOCK_N > m
         if ROWS:
+            touched = ((low < highest) & (low + BLOCK_N > lowest)) | last
             t = add_gradient(
-                t, z, column[None, :], valid,
-                scores, roots, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED,
+                t, z, column[None, :], valid, touched,
+                scores, roots, grad_all, grad_scores, begin, count, pair, own, largest, 1, FACTORED,
             )  # fmt: skip
         if COLUMNS:
             begin_c, count_c, pair_c, own_c = load_queries(column, start, size, first, self_slot)
+            lowest_c, highest_c, largest_c = stretch(begin_c, count_c)
+            touched_c = ((low_row < highest_c) & (low_row + BLOCK_M > lowest_c)) | last
             t = add_gradient(
-                t, z, row[:, None], valid,
-                scores, roots, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, 0, FACTORED,
+                t, z, row[:, None], valid, touched_c,
+                scores, roots, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, largest_c, 0, FACTORED,
             )  # fmt: skip
         total = add_weighted_rows(total, t, v, column, feature, width, PRECISION)
     target = du + (tl.program_id(2).to(tl.int64) * n + row)[:, None] * width + feature[None, :]
@@ -279,22 +298,38 @@ def rank_gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def rank_weights_kernel(
-    strip, weights, start, size, first, self_slot, scale, scores, roots, grad_all, grad_scores, n, m, width,
-    FACTORED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, y, weights, start, size, first, self_slot, scale, unit, scores, roots, grad_all, grad_scores,
+    first_column, n, m, width, stride,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """weights = dS of the stored scores (n, m) of queries, both ``width`` apart, and in place where they are the same;
-    grid axis 1 divides the gallery."""
+    """weights (n, m), rows ``stride`` apart: ``unit`` times tau dS of queries x with the columns of the gallery from
+    first_column on, which are y; of stored scores x, perhaps in their place, where y is None. Grid axis 1 divides them.
+
+    Positives, whose slots would cost each tile registers, are stored when it is done: all their own programs'.
+    """
     row, exists = owned_rows(n, BLOCK_M)
     begin, count, pair, own = load_queries(row, start, size, first, self_slot)
-    scale = tl.load(scale)
+    begin -= first_column
+    lowest, highest, largest = stretch(begin, count)
+    scale, unit = tl.load(scale), tl.load(unit)
+    target = weights + row.to(tl.int64)[:, None] * stride
+    padded_m = tl.cdiv(m, 16) * 16
     low_column, high_column = owned_columns(m, 1, BLOCK_N)
     for low in range(low_column, high_column, BLOCK_N):
-        column = (low + tl.arange(0, BLOCK_N))[None, :]
-        valid = (column < m) & exists[:, None]
-        place = row.to(tl.int64)[:, None] * width + column
-        z = tl.load(strip + place, mask=valid, other=0.0) * scale
-        t = tl.zeros_like(z)
-        t = add_gradient(
-            t, z, column, valid, scores, roots, grad_all, grad_scores, begin, count, pair, own, 1, FACTORED
-        )
-        tl.store(weights + place, (t * (scale * LN2)).to(weights.dtype.element_ty), mask=valid)
+        column = low + tl.arange(0, BLOCK_N)
+        z = score_tile(x, y, row, tl.minimum(column, m - 1), width, scale, PRECISION, BLOCK_K)
+        t = add_slopes(tl.zeros_like(z), z, scores, roots, grad_all, pair, count, own, largest, 1, FACTORED)
+        dtype = weights.dtype.element_ty
+        dS = (t * unit).to(dtype)
+        if (low < highest) & (low + BLOCK_N > lowest):
+            negative = is_negative(column[None, :] - begin[:, None], count[:, None])
+            tl.store(target + column[None, :], dS, mask=negative & exists[:, None] & (column < m)[None, :])
+        else:
+            tl.store(target + column[None, :], dS, mask=exists[:, None] & (column < padded_m)[None, :])
+    for low in range(0, largest, CHUNK):
+        slot = low + tl.arange(0, CHUNK)[None, :]
+        column = begin[:, None] + slot
+        wanted = exists[:, None] & (slot < count[:, None]) & (column >= low_column) & (column < high_column)
+        t = tl.load(grad_scores + pair[:, None] + slot, mask=wanted, other=0.0)
+        tl.store(target + column, (t * unit).to(weights.dtype.element_ty), mask=wanted)

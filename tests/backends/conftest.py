@@ -28,3 +28,10 @@ def strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips, in the smallest blocks there are: of 16 rows and columns in the interpreter, of 128 on a GPU."""
     monkeypatch.setattr(plans, "_chosen", "strip")
     monkeypatch.setattr(plans, "_workspace", "1KiB")
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pair weights, in the smallest blocks there are."""
+    monkeypatch.setattr(plans, "_chosen", "weights")
+    monkeypatch.setattr(plans, "_workspace", "1KiB")

@@ -133,15 +133,19 @@ def test_half_precision(dtype: torch.dtype, gallery: bool, width: int) -> None:
     assert_close(actual, expected, *BOUNDS[dtype])
 
 
+@pytest.mark.parametrize("plan", ["weights", "strips"])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
         *((kind, F64) for kind in ("others", "gallery", "queries only", "gallery only")),
-        *(("batch", torch.float32), ("batch", torch.bfloat16), ("gallery", torch.bfloat16), ("gallery", torch.float16)),
+        *(("batch", torch.float32), ("batch", torch.bfloat16), ("batch", torch.float16)),
+        *(("gallery", torch.bfloat16), ("gallery", torch.float16)),
     ],
 )
-def test_strips(strips: None, kind: str, dtype: torch.dtype) -> None:
-    """Three strips of rows of 600 features, the last with 3; of half precision, ranks of the rounded unit rows."""
+def test_stored_blocks(request: pytest.FixtureRequest, plan: str, kind: str, dtype: torch.dtype) -> None:
+    """Three strips of rows of 600 features, the last with 3, or nine blocks; of half precision, ranks of the rounded
+    unit rows."""
+    request.getfixturevalue(plan)
     with_gallery = kind not in ("batch", "others")
     x, labels = problem(BATCH, 600)
     y, y_labels = problem(OTHER, 600, seed=1) if with_gallery else (None, None)
@@ -227,8 +231,9 @@ def sigmoids_kernel(negative, positive, value, slope, SIZE: tl.constexpr, FACTOR
     k = tl.arange(0, SIZE)
     z, z_i = tl.load(negative + k), tl.load(positive + k)
     ratio = tl.exp2(-0.5 * z) * tl.exp2(0.5 * z_i)
-    root = factored_slope_root(ratio, FACTORED)
-    tl.store(value + k, factored_sigmoid(ratio, FACTORED))
+    u = factored_sigmoid(ratio, FACTORED)
+    root = factored_slope_root(ratio, u, FACTORED)
+    tl.store(value + k, u)
     tl.store(slope + k, root * root)
 
 
@@ -320,7 +325,7 @@ def test_kernels_are_compiled_on_a_gpu_and_only_there() -> None:
     for kernel in (
         kernels.positive_scores_kernel,
         kernels.rank_sums_kernel,
-        kernels.pair_gradient_kernel,
+        kernels.positive_gradient_kernel,
         kernels.rank_gradient_kernel,
         kernels.rank_weights_kernel,
     ):
@@ -334,7 +339,7 @@ def test_architectures_that_are_not_listed(architecture: str, tile: str) -> None
     assert config.choices("gradient", architecture, 2) == config.choices("gradient", tile, 2)
 
 
-@pytest.mark.parametrize("plan", ["fused", "strips"])
+@pytest.mark.parametrize("plan", ["fused", "weights", "strips"])
 def test_nothing_waits_for_the_device(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, plan: str
 ) -> None:
@@ -354,8 +359,8 @@ def test_nothing_waits_for_the_device(
         for name in names:
             monkeypatch.setattr(Tensor, name, refuse)
     try:
-        ranks = backend.forward(x, None, segments, pairs, **options)
-        backend.backward(*ranks, x, None, segments, **options, need_x=True, need_y=False)
+        *ranks, slopes = backend.forward(x, None, segments, pairs, **options, slopes=True)
+        backend.backward(*ranks, x, None, segments, slopes=slopes, **options, need_x=True, need_y=False)
     finally:
         if COMPILED:
             torch.cuda.set_sync_debug_mode("default")

@@ -118,9 +118,13 @@ def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         yield Variant(rank_sums.positive_scores_kernel, {**options})
         yield Variant(rank_sums.positive_scores_kernel, {**options, **unbounded}, "", direct, rare=True)
     for options in choices("sums"):
-        for kernel in (rank_sums.rank_sums_kernel, rank_sums.pair_gradient_kernel):
+        for kernel in (rank_sums.rank_sums_kernel, rank_sums.rank_weights_kernel):
             yield Variant(kernel, {**options, **factored})
             yield Variant(kernel, {**options, **unbounded}, "", direct, rare=True)
+        alone = {"slopes": None}
+        yield Variant(rank_sums.rank_sums_kernel, {**options, **factored}, "no slopes", alone, rare=True)
+        positives = {k: v for k, v in options.items() if k not in ("BLOCK_N", "BLOCK_K")}
+        yield Variant(rank_sums.positive_gradient_kernel, positives, rare=True)
     for options in choices("gradient"):
         both = {**options, "ROWS": True, "COLUMNS": True}
         yield Variant(rank_sums.rank_gradient_kernel, {**both, **factored})
@@ -129,11 +133,10 @@ def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         sides, every = {"ROWS": rows, "COLUMNS": not rows, **factored}, {"self_slot": None}
         yield Variant(rank_sums.rank_gradient_kernel, {**choices("gradient")[-1], **sides}, "", every, rare=True)
     for options in choices("strip"):
-        yield Variant(rank_sums.rank_weights_kernel, {**options, **factored})
-        yield Variant(rank_sums.rank_weights_kernel, {**options, **unbounded}, "", direct, rare=True)
-        swept = {**options, **unbounded, "BLOCK_K": 0, "CHUNK": choices("sums")[0]["CHUNK"]}
-        yield Variant(rank_sums.rank_sums_kernel, swept, "stored", stored)
-        yield Variant(rank_sums.pair_gradient_kernel, swept, "stored", stored)
+        launch = {**options, "BLOCK_K": 0, "CHUNK": choices("sums")[0]["CHUNK"]}
+        yield Variant(rank_sums.rank_weights_kernel, {**launch, **factored}, "stored", stored)
+        yield Variant(rank_sums.rank_weights_kernel, {**launch, **unbounded}, "stored", stored | direct, rare=True)
+        yield Variant(rank_sums.rank_sums_kernel, {**launch, **unbounded}, "stored", stored)
         scored = {**options, **factored, "BLOCK_K": 0}
         yield Variant(rank_sums.positive_scores_kernel, scored, "stored", stored, rare=True)
 

@@ -341,14 +341,16 @@ def test_saved_for_backward_is_linear(impl: str) -> None:
 def test_registered_operators(impl: str) -> None:
     x, labels, y, y_labels = case(20, 30, 5, 4)
     op, backward = torch.ops.fastret.rank_sums.default, torch.ops.fastret.rank_sums_backward.default
-    torch.library.opcheck(op, (x, None, labels, None, None, 0.1, True, True, impl))
-    torch.library.opcheck(op, (x.float(), None, torch.arange(20) // 4, None, 4, 0.1, False, False, impl))
+    torch.library.opcheck(op, (x, None, labels, None, None, 0.1, True, True, True, impl))
+    torch.library.opcheck(op, (x.float(), None, torch.arange(20) // 4, None, 4, 0.1, False, False, False, impl))
     for gallery in (None, y):
-        arguments = (x, gallery, labels, None if gallery is None else y_labels, None, 0.1, False, True, impl)
+        arguments = (x, gallery, labels, None if gallery is None else y_labels, None, 0.1, False, True, True, impl)
         torch.library.opcheck(op, arguments)
-        *ranks, order, start, count = op(*arguments)
+        *ranks, slopes, order, start, count = op(*arguments)
         need_y = gallery is not None
-        torch.library.opcheck(backward, (*ranks, x, gallery, order, start, count, 0.1, False, True, True, need_y, impl))
+        torch.library.opcheck(
+            backward, (*ranks, x, gallery, slopes, order, start, count, 0.1, False, True, True, need_y, impl)
+        )
 
 
 @pytest.mark.parametrize("impl", FUSED)

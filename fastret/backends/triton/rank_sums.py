@@ -1,5 +1,5 @@
 """rank_sums by the kernels of kernels/triton/rank_sums.py: sorts and normalises the rows, launches, unsorts; or by
-strips of queries with the whole gallery (``plans``).
+blocks that are stored (``plans``).
 
 Nothing here waits for the device: launch grids follow from shapes alone, and CUDA graphs can capture every call. Memory
 beyond inputs and outputs: sorted rows in their own dtype, their gradients in the dtype of accumulation, two numbers a
@@ -8,7 +8,6 @@ positive pair. Where sums are divided into parts, a copy of them for each: in al
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -65,26 +64,44 @@ class _Problem:
         return rank_sums_strips.Pairs(self.segments, self.scale, self.scores, self.roots, self.factored)
 
     def strips(self) -> Strips | None:
-        """The strips to go through; None where the fused kernels do better, or no strip fits."""
+        """The blocks of scores to go through; None where they are not stored: by other plans, or as no strip fits."""
         strips = Strips(self.x.rows, self.y.rows, whole_rows=True)
         fits = plans.chosen() != "auto" or strips.fits()
-        return strips if fits and plans.plan_for(self.x.rows, "gradient") == "strip" else None
+        return strips if fits and self.plan() == "strip" else None
 
-    def sums(self, kernel: Any, inputs: tuple[Tensor, ...], count: int) -> list[Tensor]:
-        """``count`` tables (P,) that a kernel fills with sums over the gallery."""
+    def blocks(self) -> Strips | None:
+        """The same for backward, where weights may be stored instead."""
+        return Strips(self.x.rows, self.y.rows, stored=False) if self.plan() == "weights" else self.strips()
+
+    def plan(self) -> str:
+        return plans.plan_for(self.x.rows, "gradient")
+
+    def sums(self, slopes: bool) -> list[Tensor]:
+        """rank_all, rank_pos and, where they are wanted, slopes (P,)."""
         x, y, pairs = self.x.rows, self.y.rows, len(self.scores)
         options = config.lookup("sums", x.device, x.dtype)
         blocks = triton.cdiv(len(x), options["BLOCK_M"])
-        parts = config.parts(x.device, blocks, triton.cdiv(len(y), options["BLOCK_N"]))
-        tables = [self.scores.new_empty(parts, pairs) for _ in range(count)]
-        kernel[blocks, parts](
-            *(x, y, *self.segments, self.scale, self.scores, self.roots, *inputs, *tables),
+        parts = config.parts(x.device, blocks, triton.cdiv(len(y), options["BLOCK_N"]), rank_sums_strips.SHARING)
+        tables = [self.scores.new_empty(parts, pairs) for _ in range(2 + slopes)]
+        kernels.rank_sums_kernel[blocks, parts](
+            *(x, y, *self.segments, self.scale, self.scores, self.roots, *tables, *[None] * (not slopes)),
             *(len(x), len(y), self.width, pairs),
             PRECISION=config.precision(x.dtype),
             FACTORED=self.factored,
             **options,
         )
         return [total(t) for t in tables]
+
+    def gradients(
+        self, upstream: rank_sums_strips.Upstream, *, of_x: bool, of_y: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the packed rows of x and of y; where they are the same, the sum of both in the first."""
+        grad_scores = torch.empty_like(self.scores)
+        self.pairs().add_positives(upstream, grad_scores, self.x.rows.dtype)
+        grad_all, symmetric = upstream.grad_all, self.x is self.y
+        du = self.gradient(grad_all, grad_scores, of_x=True, of_y=symmetric) if of_x else None
+        dv = self.gradient(grad_all, grad_scores, of_x=False, of_y=True) if of_y and not symmetric else None
+        return du, dv
 
     def gradient(self, grad_all: Tensor, grad_scores: Tensor, *, of_x: bool, of_y: bool) -> Tensor:
         """Gradient of the packed rows of x, of y, or of both where they are the same."""
@@ -130,6 +147,10 @@ def _prepare(
     )
 
 
+# forward sums the slopes of the negatives too where it is asked to, and backward takes them (ops/rank_sums.py)
+SUMS_SLOPES = True
+
+
 def forward(
     x: Tensor,
     y: Tensor | None,
@@ -139,20 +160,21 @@ def forward(
     temperature: float,
     exclude_self: bool,
     normalize: bool,
-) -> tuple[Tensor, Tensor]:
-    """rank_all, rank_pos (P,) as backends/reference defines them."""
+    slopes: bool,
+) -> tuple[Tensor, ...]:
+    """rank_all, rank_pos (P,) as backends/reference defines them; and, where they are wanted, the sums over negatives
+    of sigmoid', in units of temperature."""
     if pairs == 0:
-        nothing = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
-        return nothing, nothing.clone()
+        return tuple(x.new_empty(0, dtype=accumulation_dtype(x.dtype)) for _ in range(2 + slopes))
     with torch.cuda.device_of(x):
         problem = _prepare(x, y, segments, pairs, temperature, exclude_self, normalize)
         if (strips := problem.strips()) is not None:
-            rank_all, rank_pos = rank_sums_strips.sums(strips, problem.pairs())
+            rank_all, rank_pos, *rest = rank_sums_strips.sums(strips, problem.pairs(), slopes)
         else:
             problem.score_positives()
-            rank_all, rank_pos = problem.sums(kernels.rank_sums_kernel, (), 2)
+            rank_all, rank_pos, *rest = problem.sums(slopes)
         nan = poison(x) if y is None else poison(x, y)
-        return rank_all.add_(nan), rank_pos.add_(nan)
+        return rank_all.add_(nan), rank_pos.add_(nan), *rest
 
 
 def backward(
@@ -162,6 +184,7 @@ def backward(
     y: Tensor | None,
     segments: Segments,
     *,
+    slopes: Tensor,
     temperature: float,
     exclude_self: bool,
     normalize: bool,
@@ -173,20 +196,14 @@ def backward(
     if pairs == 0:
         return torch.zeros_like(x) if need_x else None, torch.zeros_like(y) if y is not None and need_y else None
     with torch.cuda.device_of(x):
-        grad_all, grad_pos = grad_all.contiguous(), grad_pos.contiguous()
+        upstream = rank_sums_strips.Upstream(grad_all.contiguous(), grad_pos.contiguous(), slopes)
         problem = _prepare(x, y, segments, pairs, temperature, exclude_self, normalize)
-        dx = dy = None
-        if (strips := problem.strips()) is not None:
-            grads = rank_sums_strips.gradients(strips, problem.pairs(), grad_all, grad_pos, of_x=need_x, of_y=need_y)
-            dx, dy = (
-                None if du is None else side.gradient(du, x.dtype)
-                for side, du in zip((problem.x, problem.y), grads, strict=True)
-            )
-            return dx, dy
-        problem.score_positives()
-        (grad_scores,) = problem.sums(kernels.pair_gradient_kernel, (grad_all, grad_pos), 1)
-        if need_x:
-            dx = problem.x.gradient(problem.gradient(grad_all, grad_scores, of_x=True, of_y=y is None), x.dtype)
-        if y is not None and need_y:
-            dy = problem.y.gradient(problem.gradient(grad_all, grad_scores, of_x=False, of_y=True), y.dtype)
-        return dx, dy
+        blocks = problem.blocks()
+        if blocks is None or not blocks.stored:
+            problem.score_positives()
+        if blocks is not None:
+            du, dv = rank_sums_strips.gradients(blocks, problem.pairs(), upstream, of_x=need_x, of_y=need_y)
+        else:
+            du, dv = problem.gradients(upstream, of_x=need_x, of_y=need_y)
+        dx = None if du is None else problem.x.gradient(du, x.dtype)
+        return dx, None if y is None or dv is None else problem.y.gradient(dv, y.dtype)
