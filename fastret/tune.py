@@ -280,7 +280,7 @@ def _order(
 ) -> tuple[list[str], list[str]]:
     """Implementations that "auto" may pick, the fastest first, and a word on each that is left out: those that cannot
     run, and those whose results are not what PyTorch's tiles find."""
-    request = registry.Call(op, device.type, dtype)
+    request = registry.Call(op, device.type, dtype, index=device.index)
     serving = [impl.name for impl in registry.candidates(request) if impl.unsupported(request) is None]
     call = workload.make(dtype, 128, device)
     expected: tuple[Tensor, ...] | None = None

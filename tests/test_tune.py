@@ -245,10 +245,24 @@ def test_every_op_has_a_choice_with_its_reason() -> None:
 
 def test_auto_follows_the_order_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     call = registry.Call("masked_lse", "cuda", torch.float32)
-    monkeypatch.setattr(choices, "measured_here", lambda op: ())
+    monkeypatch.setattr(choices, "measured_here", lambda op, index=None: ())
     assert registry.candidates(call)[0].name == "triton"
-    monkeypatch.setattr(choices, "measured_here", lambda op: ("tiled", "of another release"))
+    monkeypatch.setattr(choices, "measured_here", lambda op, index=None: ("tiled", "of another release"))
     assert registry.candidates(call)[0].name == "tiled"
     assert choices.source("masked_lse") == "measured on this GPU by fastret tune"
     on_cpu = registry.Call("masked_lse", "cpu", torch.float32)
     assert registry.candidates(on_cpu)[0].name == "cpu"
+
+
+def test_auto_follows_the_gpu_that_holds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two kinds of GPUs in one machine, each has its table; a call that names none is the current one's."""
+    monkeypatch.setattr(choices, "_has_gpu", lambda: True)
+    monkeypatch.setattr(choices, "architecture", lambda device: ("sm_80", "sm_90")[device.index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = {"sm_80": ["tiled"], "sm_90": ["triton"]}
+    monkeypatch.setattr(tuned, "of_device", lambda device, name: Table(KEY, order={"masked_lse": found[name]}))
+
+    def picked(device: str) -> str:
+        return registry.resolve("masked_lse", torch.device(device), torch.float32, None)
+
+    assert [picked(device) for device in ("cuda:0", "cuda:1", "cuda")] == ["tiled", "triton", "triton"]

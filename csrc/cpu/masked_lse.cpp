@@ -260,7 +260,8 @@ template <class T> class MaskedLse {
       total *= std::exp(peak - high);
       peak = high;
     }
-    const T base = peak == kNothing<T> ? T(0) : peak;  // nothing yet: -inf - 0 stays -inf, and NaN shows
+    // nothing yet: -inf - 0 stays -inf; a logit that overflowed has a finite exponential; and NaN shows in both
+    const T base = std::isinf(peak) ? T(0) : peak;
     Vec<T> part{};
     for (int64_t j = 0; j < at.cols; j += lanes<T>) part += exp_or_zero<T>(load<T>(logits + j) - base);
     total += sum<T>(part);
@@ -278,7 +279,7 @@ template <class T> class MaskedLse {
     T *peak = static_cast<T*>(h.peak) + side.col, *total = static_cast<T*>(h.sum) + side.col, *base = space.b;
     for (int64_t j = 0; j < side.cols; j += lanes<T>) {
       const Vec<T> high = load<T>(base + j), old = load<T>(peak + j), now = high > old ? high : old;
-      const Vec<T> safe = now == splat(kNothing<T>) ? Vec<T>{} : now;
+      const Vec<T> safe = now == splat(kNothing<T>) || now == splat(-kNothing<T>) ? Vec<T>{} : now;
       store<T>(total + j, load<T>(total + j) * exp_or_zero<T>(old - safe));
       store<T>(peak + j, now);
       store<T>(base + j, safe);

@@ -200,7 +200,7 @@ template <class T> class Sweep {
       for (int k = 0; k < team; ++k) all.reference = std::max(all.reference, space_of(k).sums[r].reference);
       for (int k = 0; k < team; ++k) {
         Sums<T>& part = space_of(k).sums[r];
-        part.factor = part.reference == kNothing<T> ? T(0) : std::exp(part.reference - all.reference);
+        part.factor = part.reference == all.reference ? T(1) : std::exp(part.reference - all.reference);
         all.total += part.total * part.factor;
         all.total_scores += part.total_scores * part.factor;
         all.target += part.target;
@@ -208,12 +208,13 @@ template <class T> class Sweep {
         all.target_weight += part.target_weight;
       }
       const bool nothing = all.total == T(0);  // no pair is allowed: only the target pulls
-      const T total = nothing ? T(1) : all.total, weight = static_cast<const T*>(w_.weight)[i];
+      const bool overflows = all.reference == -kNothing<T>;  // of such a row P is NaN where logits are inf, 0 elsewhere
+      const T total = nothing || overflows ? T(1) : all.total, weight = static_cast<const T*>(w_.weight)[i];
       for (int k = 0; k < team; ++k) space_of(k).sums[r].factor *= weight / total;
-      static_cast<T*>(h_.peak)[i] = all.reference + std::log(all.total);
+      static_cast<T*>(h_.peak)[i] = all.reference + std::log(overflows ? total : all.total);
       static_cast<T*>(h_.t)[i] = all.target;
       if (h_.scale_rows) static_cast<T*>(h_.scale_rows)[i] = weight * (all.total_scores / total - all.target_scores);
-      if (h_.grad_row_bias) static_cast<T*>(h_.grad_row_bias)[i] = weight * (T(!nothing) - all.target_weight);
+      if (h_.grad_row_bias) static_cast<T*>(h_.grad_row_bias)[i] = weight * (all.total / total - all.target_weight);
     }
   }
 

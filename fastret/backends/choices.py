@@ -68,19 +68,20 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() > 0
 
 
-def measured_here(op: str) -> tuple[str, ...]:
-    """The order that ``fastret tune`` measured for an op on the current GPU; empty where it did not."""
+def measured_here(op: str, index: int | None = None) -> tuple[str, ...]:
+    """The order that ``fastret tune`` measured for an op on a GPU, by default the current one; empty where it did
+    not. GPUs of one machine may be of two kinds."""
     if not _has_gpu():
         return ()
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     table = tuned.of_device(device, architecture(device))
     return () if table is None else tuple(table.order.get(op, ()))
 
 
-def order(op: str) -> tuple[str, ...]:
-    """Implementations on CUDA, the preferred first."""
+def order(op: str, index: int | None = None) -> tuple[str, ...]:
+    """Implementations on a GPU, by default the current one, the preferred first."""
     counted = ON_CUDA[op].order if op in ON_CUDA else ()
-    return tuple(dict.fromkeys((*measured_here(op), *counted)))
+    return tuple(dict.fromkeys((*measured_here(op, index), *counted)))
 
 
 def source(op: str) -> str:

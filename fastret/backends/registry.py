@@ -27,13 +27,16 @@ class Call:
     """What an implementation needs to know of a call to decide whether it can serve it.
 
     Attributes:
+        device: its type.
         options: what is asked of the op beyond its plain form, that not every implementation has ("centers").
+        index: which of the devices of that type; None: the current one.
     """
 
     op: str
     device: str
     dtype: torch.dtype
     options: tuple[str, ...] = ()
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,14 @@ def candidates(call: Call) -> list[Implementation]:
         if impl.automatic is not None and (not impl.automatic or call.device in impl.automatic)
     ]
     if call.device == "cuda":
-        preferred = choices.order(call.op)
+        preferred = choices.order(call.op, call.index)
         found.sort(key=lambda impl: preferred.index(impl.name) if impl.name in preferred else len(preferred))
     return found
 
 
-def resolve(op: str, device: str, dtype: torch.dtype, impl: str | None, options: tuple[str, ...] = ()) -> str:
+def resolve(
+    op: str, device: torch.device | str, dtype: torch.dtype, impl: str | None, options: tuple[str, ...] = ()
+) -> str:
     """Name of the implementation that serves rows of this dtype on this device, with these options of the op.
 
     Raises:
@@ -170,8 +175,9 @@ def chosen(impl: str | None) -> str:
 
 
 @torch.compiler.assume_constant_result  # imports modules, which a traced function must not
-def _serving(op: str, device: str, dtype: torch.dtype, name: str, options: tuple[str, ...]) -> str:
-    call = Call(op, device, dtype, options)
+def _serving(op: str, device: torch.device | str, dtype: torch.dtype, name: str, options: tuple[str, ...]) -> str:
+    where = torch.device(device)
+    call = Call(op, where.type, dtype, options, where.index)
     if name != AUTO:
         reason = IMPLEMENTATIONS[name].unsupported(call)
         if reason is not None:

@@ -73,7 +73,7 @@ def multi_similarity(
     negatives = PairMask(different=(labels, gallery_labels))
     if mining_margin is not None:
         # one implementation for both ops: only within it is a score equal, bit for bit, to the extremum it was
-        impl = registry.resolve("row_extrema", embeddings.device.type, embeddings.dtype, impl)
+        impl = registry.resolve("row_extrema", embeddings.device, embeddings.dtype, impl)
         (least, _), (greatest, _) = row_extrema(
             embeddings.detach(),
             None if ref_emb is None else ref_emb.detach(),

@@ -70,7 +70,7 @@ def soft_triple(
     rows = proxies.flatten(0, 1)
     regulariser: float | Tensor = 0.0
     if tau and count > 1:
-        chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl, ("centers",))
+        chosen = registry.resolve("masked_lse", x.device, x.dtype, impl, ("centers",))
         rows, distances = center_distances(rows, count, impl=chosen)
         regulariser = tau * distances.sum() / (classes * count * (count - 1))
     losses = margin_losses(x, rows, labels, lambda s: s - margin, la, impl, centers=count, center_temperature=gamma)

@@ -65,7 +65,7 @@ def knn_vote(
     checks.check_count(top, "top")
     checks.check_range(place, classes, "place")
     checks.check_range(indices, len(place), "indices", negative=True)
-    chosen = registry.resolve("knn_vote", scores.device.type, scores.dtype, impl)
+    chosen = registry.resolve("knn_vote", scores.device, scores.dtype, impl)
     winners, shares = (
         registry.IMPLEMENTATIONS[chosen]
         .module("knn_vote")

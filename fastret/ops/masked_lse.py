@@ -95,7 +95,7 @@ def masked_lse(
         NotImplementedError: sub-centres with impl="triton".
     """
     x, y, columns = checked(x, y, heads, first_column, columns, centers, center_temperature)
-    chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl, ("centers",) if centers > 1 else ())
+    chosen = registry.resolve("masked_lse", x.device, x.dtype, impl, ("centers",) if centers > 1 else ())
     problem = pack(
         x,
         y,

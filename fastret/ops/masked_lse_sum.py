@@ -52,7 +52,7 @@ def masked_lse_sum(
         raise ValueError(f"head.axis: expected 'row', got {head.axis!r}")
     checks.check_vector(row_weight, x, "row_weight")
     row_weight = row_weight.detach().to(accumulation_dtype(x.dtype))
-    chosen = registry.resolve("masked_lse", x.device.type, x.dtype, impl, ("centers",) if centers > 1 else ())
+    chosen = registry.resolve("masked_lse", x.device, x.dtype, impl, ("centers",) if centers > 1 else ())
     problem = pack(
         x,
         y,

@@ -57,7 +57,7 @@ def pair_dot(
     _check_list(row, "row", x)
     checks.check_labels(column, row, "column")
     row, column = row.to(torch.int64), column.to(torch.int64)
-    chosen = registry.resolve("pair_dot", x.device.type, x.dtype, impl)
+    chosen = registry.resolve("pair_dot", x.device, x.dtype, impl)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.pair_dot(x, y, row, column, normalize=normalize)

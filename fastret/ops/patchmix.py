@@ -96,7 +96,7 @@ def patchmix(
     patches = _patches(x, patch_size)
     groups = patch_groups(patches, m, permutation=permutation, generator=generator, device=x.device)
     # bytes are moved, whatever they mean
-    chosen = registry.resolve("patchmix", x.device.type, torch.float32, impl)
+    chosen = registry.resolve("patchmix", x.device, torch.float32, impl)
     if chosen == "reference":
         return reference.patchmix(x, groups, patch_size)
     mixed: Tensor = _PatchMix.apply(x, groups, patch_size, chosen)

@@ -91,7 +91,7 @@ def pq_topk(
     check_metric(metric)
     checks.check_integer(first_index, "first_index", 0)
     wide = torch.promote_types(accumulation_dtype(query.dtype), accumulation_dtype(codebook.dtype))
-    chosen = registry.resolve("pq_topk", query.device.type, wide, impl, ("long",) if k > LONG else ())
+    chosen = registry.resolve("pq_topk", query.device, wide, impl, ("long",) if k > LONG else ())
     rows, words = query.detach().to(wide), codebook.detach().to(wide)
     if chosen == "reference":
         check_code_values(codes, codebook)

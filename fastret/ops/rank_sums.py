@@ -92,7 +92,7 @@ def rank_sums(
         y, y_labels = (y.view_as(y) if y is x else y), (y_labels.view_as(y_labels) if y_labels is labels else y_labels)
     checks.check_positive(temperature, "temperature")
     checks.check_count(samples_per_class, "samples_per_class")
-    chosen = registry.resolve("rank_sums", x.device.type, x.dtype, impl)
+    chosen = registry.resolve("rank_sums", x.device, x.dtype, impl)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             ranks = reference.rank_sums(

@@ -62,11 +62,11 @@ def row_extrema(
             raise ValueError(f"extrema[{k}]: expected 'min' or 'max' and a mask, got {kind!r}")
     heads = [Head(mask=mask) for _, mask in extrema]
     x, y, _ = checked(x, y, heads, first_column, None)
-    chosen = registry.resolve("row_extrema", x.device.type, x.dtype, impl)
+    chosen = registry.resolve("row_extrema", x.device, x.dtype, impl)
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.row_extrema(x, y, extrema, normalize=normalize, first_column=first_column)
-    scatter = registry.resolve("pair_dot", x.device.type, x.dtype, impl)
+    scatter = registry.resolve("pair_dot", x.device, x.dtype, impl)
     named = [Head(mask=mask, reduce=kind) for kind, mask in extrema]
     flat = flatten(named, accumulation_dtype(x.dtype))
     results = _RowExtrema.apply(

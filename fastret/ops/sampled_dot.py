@@ -73,7 +73,7 @@ def sampled_dot(
         drawn = _seed(seed, x.device)
         if bank.shape[0] > MOST_COLUMNS:
             raise ValueError(f"bank: expected at most 2^31 rows to draw from, got {bank.shape[0]:,}")
-    chosen = registry.resolve("sampled_dot", x.device.type, x.dtype, impl)
+    chosen = registry.resolve("sampled_dot", x.device, x.dtype, impl)
     if chosen == "reference":
         _check_ranges(bank, first, index)
         with torch.autocast(x.device.type, enabled=False):

@@ -57,7 +57,7 @@ def segment_mean(
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     index = index.to(torch.int64)
-    chosen = registry.resolve("segment_mean", x.device.type, x.dtype, impl)
+    chosen = registry.resolve("segment_mean", x.device, x.dtype, impl)
     if chosen == "reference":
         checks.check_range(index, num_segments, "index", negative=True)
         with torch.autocast(x.device.type, enabled=False):

@@ -114,7 +114,7 @@ def soft_assign(
     rows = _rows(x, logits)
     wide_parts = max(codebook.shape[2], 0 if keys is None else keys.shape[2]) > WIDE
     options = ("wide parts",) if wide_parts else ()
-    chosen = registry.resolve("soft_assign", rows.device.type, rows.dtype, impl, options)
+    chosen = registry.resolve("soft_assign", rows.device, rows.dtype, impl, options)
     wide = accumulation_dtype(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         if chosen == "reference":

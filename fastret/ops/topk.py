@@ -77,7 +77,7 @@ def topk(
     x, y = _checked(x, y, k, metric, first_column)
     mask = PairMask() if mask is None else mask
     check_heads([Head(mask=mask)], x, y.shape[0])
-    chosen = registry.resolve("topk", x.device.type, x.dtype, impl, ("long",) if k > LONG else ())
+    chosen = registry.resolve("topk", x.device, x.dtype, impl, ("long",) if k > LONG else ())
     if chosen == "reference":
         return reference.forward(x, y, k, mask, metric=metric, first_column=first_column)
     flat = flatten([Head(mask=mask)], accumulation_dtype(x.dtype))

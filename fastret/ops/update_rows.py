@@ -66,7 +66,7 @@ def update_rows_(
         raise ValueError("bank: expected at least one row, got none")
     checks.check_labels(index, x, "index")
     options = ("mean",) if duplicates == "mean" else ()
-    chosen = registry.resolve("update_rows", bank.device.type, bank.dtype, impl, options)
+    chosen = registry.resolve("update_rows", bank.device, bank.dtype, impl, options)
     with torch.no_grad():
         index = in_range(index, bank.shape[0], "index")
         rows = x.detach().to(accumulation_dtype(bank.dtype))

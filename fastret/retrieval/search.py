@@ -104,7 +104,7 @@ def serving(op: str, x: Tensor) -> str:
     name = registry.chosen(None)
     if name == registry.AUTO:
         return name
-    call = registry.Call(op, x.device.type, x.dtype)
+    call = registry.Call(op, x.device.type, x.dtype, index=x.device.index)
     return registry.AUTO if registry.IMPLEMENTATIONS[name].unsupported(call) else name
 
 

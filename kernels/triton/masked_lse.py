@@ -62,9 +62,10 @@ def own_tile(
 
 @triton.jit
 def add_exponentials(high, total, z):
-    """The largest of (M, N) logits z and of ``high`` (M,), and the sum of exp(z - it): 0 while all are -inf."""
+    """The largest of (M, N) logits z and of ``high`` (M,), and the sum of exp(z - it): 0 while all are -inf, infinite
+    once one is."""
     highest = tl.maximum(high, tl.max(z, 1))
-    safe = tl.where(highest == -INF, 0.0, highest)
+    safe = tl.where(tl.abs(highest) == INF, 0.0, highest)
     return highest, total * exponential(high - safe) + tl.sum(exponential(z - safe[:, None]), 1)
 
 

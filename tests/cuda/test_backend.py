@@ -20,7 +20,7 @@ def test_chosen_where_it_is_measured_only(emulation: ModuleType, monkeypatch: py
     for op in ("sampled_dot", "knn_vote", "topk", "pq_topk"):
         assert "cuda" not in candidates(op, "cpu")
         assert candidates(op, "cuda").index("tiled") < candidates(op, "cuda").index("cuda")
-    monkeypatch.setattr(choices, "measured_here", lambda op: ("cuda", "triton"))
+    monkeypatch.setattr(choices, "measured_here", lambda op, index=None: ("cuda", "triton"))
     for op in ("sampled_dot", "knn_vote", "topk", "pq_topk"):
         assert "cuda" not in candidates(op, "cpu")
         assert candidates(op, "cuda")[0] == "cuda"

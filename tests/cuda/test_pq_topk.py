@@ -220,7 +220,7 @@ def test_auto_takes_it_on_cuda_where_it_is_measured(emulation: ModuleType, monke
     monkeypatch.setattr(emulation, "device_type", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen("cuda") == "tiled"  # nothing is measured
-    monkeypatch.setattr(choices, "measured_here", lambda op: ("cuda",))
+    monkeypatch.setattr(choices, "measured_here", lambda op, index=None: ("cuda",))
     assert chosen("cuda") == "cuda"
     assert chosen("cpu") == "cpu"
     assert chosen("cuda", F64) == chosen("cuda", options=("long",)) == "tiled"

@@ -184,7 +184,7 @@ def test_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.Implementation, "missing", lambda self: None)
     monkeypatch.setattr("fastret.backends.cuda.unsupported", lambda call: None)
     assert registry.resolve("topk", "cuda", torch.float32, None) == "tiled"  # nothing is measured
-    monkeypatch.setattr(choices, "measured_here", lambda op: ("cuda",))
+    monkeypatch.setattr(choices, "measured_here", lambda op, index=None: ("cuda",))
     assert registry.resolve("topk", "cuda", torch.float32, None) == "cuda"
     assert registry.resolve("topk", "cuda", torch.float32, None, ("long",)) == "tiled"
     assert registry.resolve("topk", "cuda", F64, None) == "tiled"
