@@ -269,8 +269,8 @@ define(
 )
 define(
     "rank_sums_backward(Tensor grad_all, Tensor grad_pos, Tensor x, Tensor? y, Tensor slopes, Tensor order, "
-    "Tensor start, Tensor count, float temperature, bool exclude_self, bool normalize, bool need_x, bool need_y, str impl) "
-    "-> (Tensor dx, Tensor dy)",
+    "Tensor start, Tensor count, float temperature, bool exclude_self, bool normalize, bool need_x, bool need_y, "
+    "str impl) -> (Tensor dx, Tensor dy)",
     _backward,
     _backward_fake,
 )

@@ -59,8 +59,16 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("scores", 2): {"sm_80": (_tile(64, 64, 64, 8, 3, FACTORED=2),), "gfx942": (_tile(64, 64, 64, 4, 2, FACTORED=1),)},
     ("scores", 4): {"sm_80": (_tile(64, 64, 16, 8, 2, FACTORED=2),), "gfx942": (_tile(64, 64, 16, 4, 2, FACTORED=1),)},
     ("scores", 8): {"sm_80": (_tile(32, 32, 32, 4, 2, FACTORED=1),), "gfx942": (_tile(32, 32, 32, 4, 2, FACTORED=1),)},
-    ("sums", 2): {"sm_80": (_tile(64, 64, 64, 8, 3, CHUNK=16),), "gfx942": (_tile(64, 64, 64, 4, 2, CHUNK=16),)},
+    ("sums", 2): {
+        "sm_80": (_tile(64, 64, 64, 4, 3, CHUNK=16),),
+        "sm_90": (_tile(64, 128, 64, 4, 3, CHUNK=16),),
+        "gfx942": (_tile(64, 128, 64, 8, 2, CHUNK=16),),
+    },
     ("sums", 4): {"sm_80": (_tile(64, 64, 16, 8, 2, CHUNK=16),), "gfx942": (_tile(64, 64, 16, 4, 2, CHUNK=16),)},
+    ("sums tf32", 4): {
+        "sm_80": (_tile(64, 64, 32, 4, 3, CHUNK=16),),
+        "gfx942": (_tile(64, 64, 32, 4, 2, CHUNK=16),),
+    },
     ("sums", 8): {"sm_80": (_tile(32, 32, 32, 4, 2, CHUNK=16),), "gfx942": (_tile(32, 32, 32, 4, 2, CHUNK=16),)},
     ("gradient", 2): {
         "sm_80": (
@@ -193,6 +201,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("assign words", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
     ("gradient", 4): {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
+        "sm_100": (_tile(32, 32, 32, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 8, 2, SLICE=128),),
     },
     ("gradient tf32", 4): {

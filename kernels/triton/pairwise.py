@@ -140,8 +140,8 @@ def factored_sigmoid(ratio, FACTORED: tl.constexpr):
 
 @triton.jit
 def factored_slope_root(ratio, u, FACTORED: tl.constexpr):
-    """The square root of sigmoid2_slope(z) for ratio = 2^(-z / 2) and its ``factored_sigmoid`` u: their product, at most
-    1/2; 0 where the ratio overflows, not infinity times 0. FACTORED = 2: for that a product that is kept in [0, 1]."""
+    """The square root of sigmoid2_slope(z) for ratio = 2^(-z / 2) and u, its ``factored_sigmoid``: their product, at
+    most 1/2; 0 where the ratio overflows, not infinity times 0. FACTORED = 2: by the product that is kept in [0, 1]."""
     if FACTORED == 2 and ratio.dtype == tl.float32:
         return tl.inline_asm_elementwise(
             "mul.ftz.sat.f32 $0, $1, $2;", "=f,f,f", [ratio, u], dtype=tl.float32, is_pure=True, pack=1

@@ -12,9 +12,13 @@ that j = i is exact. Backward, for upstream gradients a = d/d rank_all, b = d/d 
     tau dS_qi = sum over positives j of (w_qj - w_qi) u'(z_qj - z_qi) - a_qi sum over negatives j of u'(z_qj - z_qi)
     tau dS_qj = sum over positives i of a_qi u'(z_qj - z_qi)                                           for negatives j
 
-The first line is again a table of P numbers. The second is recomputed tile by tile and multiplied by the rows at once:
-dX = dS Y, dY = dS^T X; gallery = batch: dX = (dS + dS^T) X. A program writes rows that it alone owns; where too few
-would run, several share a block of rows and write parts of its sums, which the caller adds. No atomics.
+The first line is again a table of P numbers, and its sum over negatives, which knows nothing of the gradients, is taken
+by forward with the sums of u: ``slopes`` (P,). The second is recomputed tile by tile and multiplied by the rows at once
+(fused), or stored for the caller to multiply: dX = dS Y, dY = dS^T X; gallery = batch: dX = (dS + dS^T) X. A program
+writes rows that it alone owns; where too few would run, several share a block of rows and write parts of its sums,
+which the caller adds. No atomics.
+
+The positives of a block of rows lie in one ``stretch`` of columns: other tiles do without their masks.
 
 ``own`` is the slot of the query itself where it is excluded (a constant pair, nobody's competitor), else -1; kernels
 take it as ``self_slot``, None where no query is excluded.
@@ -93,9 +97,11 @@ def positive_scores_kernel(
 
 
 @triton.jit
-def stretch(begin, count):
-    """The shortest stretch of the gallery that holds all positives of some queries, and the most that one has."""
-    return tl.min(begin), tl.max(begin + count), tl.max(count)
+def stretch(start, size, n, low, BLOCK: tl.constexpr):
+    """begin, end of the shortest stretch of the gallery that holds all positives of the queries low, ..., low + BLOCK,
+    as far as there are n: those of the first and of the last, as they are sorted."""
+    last = tl.minimum(low + BLOCK, n) - 1
+    return tl.load(start + low).to(tl.int32), (tl.load(start + last) + tl.load(size + last)).to(tl.int32)
 
 
 @triton.jit
@@ -138,7 +144,7 @@ def sum_negatives(
     SLOPES: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(M, CHUNK) sums of u, and of u' where SLOPES, of z_qj - z_qi over the negatives j among this program's columns."""
+    """(M, CHUNK) sums of u, and of u' where SLOPES, of z_qj - z_qi over the negatives j among its columns."""
     total = tl.zeros((row.shape[0], CHUNK), dtype=scale.dtype)
     slopes = tl.zeros((row.shape[0], CHUNK), dtype=scale.dtype)
     low_column, high_column = owned_columns(m, 1, BLOCK_N)
@@ -160,8 +166,8 @@ def rank_sums_kernel(
     CHUNK: tl.constexpr, PRECISION: tl.constexpr, FACTORED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """rank_all, rank_pos and, unless it is None, slopes (parts, P), to be summed over the parts: grid axis 1 divides the
-    competitors.
+    """rank_all, rank_pos and, unless it is None, slopes (parts, P), to be summed over the parts: grid axis 1 divides
+    the competitors.
 
     Classes of any size are worked in chunks of positives, with a sweep of the gallery for each.
     """
@@ -169,7 +175,8 @@ def rank_sums_kernel(
     part, parts = tl.program_id(1), tl.num_programs(1)
     begin, count, pair, own = load_queries(row, start, size, first, self_slot)
     scale = tl.load(scale)
-    lowest, highest, largest = stretch(begin, count)
+    lowest, highest = stretch(start, size, n, tl.program_id(0) * BLOCK_M, BLOCK_M)
+    largest = tl.max(count)
     for chunk in range(0, largest, CHUNK):
         negatives, negative_slopes = sum_negatives(
             x, y, scores, roots, row, begin, count, pair, own, chunk, lowest, highest, largest, m, width, scale,
@@ -199,7 +206,7 @@ def positive_gradient_kernel(
 ):  # fmt: skip
     """grad_scores (P,): tau dS of every positive pair, 0 for the excluded one; grid axis 1 divides the slots."""
     row, exists = owned_rows(n, BLOCK_M)
-    begin, count, pair, own = load_queries(row, start, size, first, self_slot)
+    _, count, pair, own = load_queries(row, start, size, first, self_slot)
     largest = tl.max(count)
     for chunk in range(tl.program_id(1) * CHUNK, largest, tl.num_programs(1) * CHUNK):
         i = (chunk + tl.arange(0, CHUNK))[None, :]
@@ -268,7 +275,8 @@ def rank_gradient_kernel(
     total = tl.zeros((BLOCK_M, SLICE), dtype=scale.dtype)
     if ROWS:
         begin, count, pair, own = load_queries(row, start, size, first, self_slot)
-        lowest, highest, largest = stretch(begin, count)
+        lowest, highest = stretch(start, size, n, low_row, BLOCK_M)
+        largest = tl.max(count)
     low_column, high_column = owned_columns(m, 2, BLOCK_N)
     for low in range(low_column, high_column, BLOCK_N):
         column = low + tl.arange(0, BLOCK_N)
@@ -285,11 +293,11 @@ def rank_gradient_kernel(
             )  # fmt: skip
         if COLUMNS:
             begin_c, count_c, pair_c, own_c = load_queries(column, start, size, first, self_slot)
-            lowest_c, highest_c, largest_c = stretch(begin_c, count_c)
+            lowest_c, highest_c = stretch(start, size, m, low, BLOCK_N)
             touched_c = ((low_row < highest_c) & (low_row + BLOCK_M > lowest_c)) | last
             t = add_gradient(
                 t, z, row[:, None], valid, touched_c,
-                scores, roots, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, largest_c, 0, FACTORED,
+                scores, roots, grad_all, grad_scores, begin_c, count_c, pair_c, own_c, tl.max(count_c), 0, FACTORED,
             )  # fmt: skip
         total = add_weighted_rows(total, t, v, column, feature, width, PRECISION)
     target = du + (tl.program_id(2).to(tl.int64) * n + row)[:, None] * width + feature[None, :]
@@ -311,7 +319,8 @@ def rank_weights_kernel(
     row, exists = owned_rows(n, BLOCK_M)
     begin, count, pair, own = load_queries(row, start, size, first, self_slot)
     begin -= first_column
-    lowest, highest, largest = stretch(begin, count)
+    lowest, highest = stretch(start, size, n, tl.program_id(0) * BLOCK_M, BLOCK_M)
+    largest = tl.max(count)
     scale, unit = tl.load(scale), tl.load(unit)
     target = weights + row.to(tl.int64)[:, None] * stride
     padded_m = tl.cdiv(m, 16) * 16
@@ -322,7 +331,7 @@ def rank_weights_kernel(
         t = add_slopes(tl.zeros_like(z), z, scores, roots, grad_all, pair, count, own, largest, 1, FACTORED)
         dtype = weights.dtype.element_ty
         dS = (t * unit).to(dtype)
-        if (low < highest) & (low + BLOCK_N > lowest):
+        if (first_column + low < highest) & (first_column + low + BLOCK_N > lowest):
             negative = is_negative(column[None, :] - begin[:, None], count[:, None])
             tl.store(target + column[None, :], dS, mask=negative & exists[:, None] & (column < m)[None, :])
         else:

@@ -373,7 +373,7 @@ def described(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...]
 
 
 def compiled(variant: Variant, dtype: str, target: GPUTarget) -> Any:
-    """Specialised as at a launch: pointers that are arguments of their own and the width are multiples of 16."""
+    """Specialised as at a launch: pointers that are arguments of their own, and widths, are multiples of 16."""
     names = variant.kernel.arg_names
     types = dict.fromkeys(IN_ROW_DTYPE, f"*{dtype}") | dict.fromkeys(INT64, "*i64") | dict.fromkeys(INT32, "i32")
     types |= {"PRECISION": tl.constexpr("ieee"), "arrived": "*i32"}

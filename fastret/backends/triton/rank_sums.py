@@ -126,7 +126,8 @@ class _Problem:
 def _prepare(
     x: Tensor, y: Tensor | None, s: Segments, pairs: int, temperature: float, exclude_self: bool, normalize: bool
 ) -> _Problem:
-    order = s.order if y is None else torch.argsort(s.start, stable=True)
+    # by where their positives begin, and by where those end: kernels take a block's stretch from its first and last row
+    order = s.order if y is None else torch.argsort(2 * s.start + s.count, stable=True)
     width = padded(x.shape[1])
     queries = pack_padded(x, order, normalize)
     gallery = queries if y is None else pack_padded(y, s.order, normalize)

@@ -1,5 +1,5 @@
-"""rank_sums by blocks of its pair matrix that are stored (``plans``): "strip", strips of scores of queries with the whole
-gallery, which kernels/triton/rank_sums.py reads and turns into their gradient; "weights", blocks of that gradient alone.
+"""rank_sums by blocks of its pair matrix that are stored (``plans``): "strip", scores of strips of queries with the
+whole gallery, which kernels/triton/rank_sums.py reads and turns into their gradient; "weights", that gradient alone.
 
 Forward by strips is one matmul; backward multiplies the scores again, and their slopes once for each side. Positives
 are scored from the strip too: they compare with the same product of rows as everything else.
