@@ -102,9 +102,9 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     **{("patchmix", size): _everywhere(_options(4, 1, BLOCK_P=8, BLOCK_W=128)) for size in (1, 2, 4, 8)},
     **{("update rows", size): _everywhere(_options(4, 1, BLOCK_D=512)) for size in (2, 4, 8)},
     **{("pack", size): _everywhere(_options(4, 1, BLOCK_R=2, BLOCK_D=1024)) for size in (2, 4)},
-    ("pack", 8): _everywhere(_options(4, 1, BLOCK_R=1, BLOCK_D=512)),
+    ("pack", 8): _everywhere(_options(8, 1, BLOCK_R=1, BLOCK_D=1024)),
     **{("unpack", size): _everywhere(_options(4, 1, BLOCK_R=2, BLOCK_D=1024)) for size in (2, 4)},
-    ("unpack", 8): _everywhere(_options(4, 1, BLOCK_R=1, BLOCK_D=256)),
+    ("unpack", 8): _everywhere(_options(8, 1, BLOCK_R=1, BLOCK_D=1024)),
     ("lse", 2): {
         "sm_80": (_tile(64, 64, 32, 8, 3),),
         "sm_90": (_tile(64, 64, 64, 8, 3),),
