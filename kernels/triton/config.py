@@ -53,6 +53,7 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
 # strip: stored tiles of S, for all ops; nothing is multiplied.
 # lse, lse gradient: as sums and gradient, for masked_lse. lse heavy: both, for many conditions or for thresholds, which
 # need the same square tiles everywhere.
+# lse weights: tiles of S that become stored pair weights. lse weights heavy: these and forward, for the same two.
 # Kinds that end in tf32 take the place of the others where float32 products are taken in TF32.
 # CUDA architectures ascend; one that is not listed takes the nearest older one.
 _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
@@ -161,6 +162,16 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
         "gfx942": (_tile(16, 16, 16, 8, 2, SLICE=32),),
     },
+    ("lse weights", 2): {
+        "sm_80": (_tile(64, 64, 32, 8, 3),),
+        "sm_90": (_tile(64, 64, 64, 8, 3),),
+        "gfx942": (_tile(64, 64, 64, 4, 2),),
+    },
+    ("lse weights", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
+    ("lse weights", 8): _everywhere(_tile(32, 32, 16, 8, 2)),
+    ("lse weights heavy", 2): {"sm_80": (_tile(32, 32, 32, 8, 2),), "gfx942": (_tile(16, 16, 32, 4, 2),)},
+    ("lse weights heavy", 4): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
+    ("lse weights heavy", 8): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
     ("assign", 2): _everywhere(_assign(64, 64, 8, 32), _assign(64, 32, 8, 128)),
     ("assign", 4): _everywhere(_assign(64, 64, 8, 32), _assign(32, 32, 8, 128)),
     ("assign", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
@@ -214,6 +225,8 @@ _INTERPRETED: dict[str, Options] = {
     "lse": _tile(16, 16, 32, 1, 1),
     "lse gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
     "lse heavy": _tile(16, 16, 32, 1, 1, SLICE=32),
+    "lse weights": _tile(32, 16, 32, 1, 1),
+    "lse weights heavy": _tile(16, 16, 32, 1, 1),  # numpy's bits follow from where in a tile a row lies
     "assign": _assign(16, 16, 1, 128),
     "assign rows": _assign(16, 16, 1, 128),
     "assign words": _assign(16, 16, 1, 128),

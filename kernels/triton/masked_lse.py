@@ -20,8 +20,8 @@ TRANSPOSED gives programs that own columns the tile (rows, columns) that those o
 P then see the same rounding of a score, which would else not cancel in l - lse. Masks by threshold need the same bits
 in every launch, and so tiles that are as high as wide, everywhere the same.
 
-The strip plan stores the scores of a block of rows and columns: ``masked_lse_kernel`` reads them where v is None, and
-``masked_lse_weights_kernel`` turns them into T, which the caller multiplies.
+The other two plans store T for a block of rows and columns, and the caller multiplies it: ``masked_lse_weights_kernel``
+makes it of rows, or where v is None of scores that the strip plan stores, as ``masked_lse_kernel`` then reads them.
 """
 
 import triton
@@ -208,12 +208,14 @@ def masked_lse_gradient_kernel(
 
 @triton.jit(do_not_specialize=("heads", *VARYING))
 def masked_lse_weights_kernel(
-    scores, weights, heads, row_sums, column_sums, score_sums, n, m, width, first_column,
-    HEADS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    u, v, heads, weights, unit, row_sums, column_sums, score_sums, n, m, width, stride, first_column,
+    PRECISION: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """weights = T of stored scores (n, m), both ``width`` apart, and in place where they are the same; with the sums
-    that are wanted: of W and W s along rows (parts, HEADS, n), to be summed over the parts, grid axis 2; of W along
-    columns (blocks, HEADS, m), to be summed over the blocks of rows, grid axis 0. Grid axis 1 is 1.
+    """weights (n, m), ``stride`` apart, = T, times *unit where there is one, of rows u and columns v; where v is None
+    of stored scores u, ``width`` apart, which may be the same place. With the sums that are wanted: of W and W s along
+    rows (parts, HEADS, n), to be summed over the parts, grid axis 2; of W along columns (blocks, HEADS, m), to be
+    summed over the blocks of rows, grid axis 0. Grid axis 1 is 1.
     """
     own, exists = owned_rows(n, BLOCK_M)
     dtype: tl.constexpr = heads[0].scale.dtype.element_ty
@@ -223,9 +225,11 @@ def masked_lse_weights_kernel(
     for low in range(begin, end, BLOCK_N):
         other = low + tl.arange(0, BLOCK_N)
         there = (other < m)[None, :] & exists[:, None]
-        place = own.to(tl.int64)[:, None] * width + other[None, :]
-        s = tl.load(scores + place, mask=there, other=0.0)
         column = tl.minimum(other, m - 1)
+        if v is None:
+            s = tl.load(u + own.to(tl.int64)[:, None] * width + other[None, :], mask=there, other=0.0)
+        else:
+            s = dot_tile(u, v, own, column, width, dtype, PRECISION, BLOCK_K)
         t = tl.zeros_like(s)
         for k in tl.static_range(HEADS):
             w = pair_weights(heads[k], s, own[:, None], column[None, :], first_column, there)
@@ -237,7 +241,11 @@ def masked_lse_weights_kernel(
             if column_sums is not None:
                 target = column_sums + (tl.program_id(0) * HEADS + k).to(tl.int64) * m + other
                 tl.store(target, tl.sum(w, 0), mask=other < m)
-        tl.store(weights + place, t.to(weights.dtype.element_ty), mask=there)
+        if weights is not None:
+            if unit is not None:
+                t = t * tl.load(unit)
+            place = own.to(tl.int64)[:, None] * stride + other[None, :]
+            tl.store(weights + place, t.to(weights.dtype.element_ty), mask=there)
     if row_sums is not None:
         store_sums(row_sums, of_rows, own, exists, n, HEADS)
     if score_sums is not None:

@@ -5,13 +5,30 @@ every axis. On a GPU there are several times as many rows.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from masked_lse_cases import (
+    COMPILED,
+    DEVICE,
+    DTYPES,
+    F64,
+    MASKS,
+    TARGETS,
+    WIDE,
+    M,
+    N,
+    assert_close,
+    check,
+    labels,
+    rows,
+    seeded,
+    uniform,
+    values_and_gradients,
+)
 from torch import Tensor
 
 from fastret.backends import phi
@@ -21,23 +38,7 @@ from fastret.backends.triton import masked_lse as backend
 from fastret.backends.triton import plans
 from fastret.kernels.triton import config
 from fastret.kernels.triton import masked_lse as kernels
-from fastret.ops import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
-
-F64 = torch.float64
-COMPILED = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if COMPILED else "cpu")
-N, M = (162, 201) if COMPILED else (18, 21)
-WIDE = 600 if COMPILED else 100
-
-# Errors of results and of the gradients of rows, relative to their norms where those are above 1. The gradients of
-# scales and biases are sums in the dtype of accumulation, as results are.
-BOUNDS = {
-    F64: (1e-13, 1e-13),
-    torch.float32: (3e-6, 3e-6),
-    torch.bfloat16: (3e-6, 2**-7),
-    torch.float16: (3e-6, 2**-10),
-}
-DTYPES = list(BOUNDS)
+from fastret.ops import Head, Indexed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
 
 # The exponent of a forbidden pair may overflow before it is discarded, log2(0) is meant; numpy, which interprets,
 # remarks on both.
@@ -45,136 +46,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in (exp2|log2|multiply|subtract):RuntimeWarning"),
     pytest.mark.usefixtures("fused"),  # what is tested by strips says so
 ]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def labels(count: int, classes: int = 4, seed: int = 1) -> Tensor:
-    return torch.randint(0, classes, (count,), generator=seeded(seed)).to(DEVICE)
-
-
-def uniform(*shape: int, seed: int = 2) -> Tensor:
-    return torch.rand(*shape, generator=seeded(seed), dtype=F64).to(DEVICE)
-
-
-def rows(*shape: int, seed: int = 5) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=F64).to(DEVICE)
-
-
-def listed(n: int, m: int) -> Listed:
-    """Rows without an entry, with several, with one twice."""
-    counts = labels(n, 4, seed=8)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    entries = int(offsets[-1])
-    return Listed(offsets, labels(entries, min(m, 6), seed=9), uniform(entries, seed=10))
-
-
-MASKS: dict[str, Callable[[int, int], PairMask]] = {
-    "any": lambda n, m: PairMask(),
-    "same": lambda n, m: PairMask(same=(labels(n), labels(m, seed=3))),
-    "different": lambda n, m: PairMask(different=(labels(n), labels(m, seed=3))),
-    "distinct": lambda n, m: PairMask(distinct=(labels(n, 9), labels(m, 9, seed=3))),
-    "not self": lambda n, m: PairMask(offset=0),
-    "offset": lambda n, m: PairMask(offset=-3),
-    "offset, wrapped": lambda n, m: PairMask(offset=-3, period=max(n, m)),
-    "above": lambda n, m: PairMask(above=uniform(n) - 0.4),
-    "below": lambda n, m: PairMask(below=uniform(n) - 0.2),
-    "all at once": lambda n, m: (
-        PairMask(different=(labels(n), labels(m, seed=3)), distinct=(labels(n, 9), labels(m, 9, seed=3)), offset=1)
-        & PairMask(above=uniform(n) - 1, below=uniform(n) + 0.2)
-    ),
-}
-TARGETS: dict[str, Callable[[int, int], object]] = {
-    "none": lambda n, m: None,
-    "index": lambda n, m: Indexed(labels(n, m)),
-    "shifted": lambda n, m: Shifted(2),
-    "shifted, wrapped": lambda n, m: Shifted(-5, max(n, m)),
-    "same label": lambda n, m: Masked(PairMask(same=(labels(n), labels(m, seed=3)), offset=0), 0.1 + uniform(n)),
-    "between": lambda n, m: Masked(PairMask(above=-uniform(n), below=uniform(n, seed=4)), uniform(n, seed=6)),
-    "circulant": lambda n, m: Circulant((-1, 0, 1), (0.3, 0.5, 0.2), min(n, m), 0),
-    "circulant, offset": lambda n, m: Circulant((0, 2), (0.5, 0.5), min(n, 7), m - 7),
-    "dense": lambda n, m: Dense(uniform(n, m)),
-    "listed": lambda n, m: listed(n, m),
-}
-
-
-def learned(heads: Sequence[Head]) -> list[Tensor]:
-    values = [getattr(h, name) for h in heads for name in ("scale", "row_bias", "column_bias")]
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-def values_and_gradients(
-    x: Tensor,
-    y: Tensor | None,
-    heads: Sequence[Head],
-    *,
-    rounded: torch.dtype | None = None,
-    normalize: bool = True,
-    **options: object,
-) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    """Of a random linear form of what is finite: results with the gradients of scales and biases; gradients of rows;
-    and their norms before the radial part is taken away, to which rounding is relative.
-
-    rounded: (unit) rows are rounded to this dtype, as the kernels do for tl.dot; the gradient passes through.
-    """
-    leaves = [t.detach().clone().requires_grad_() for t in (x, y) if t is not None]
-
-    def leaf(v: object) -> object:
-        return v.detach().to(accumulation_dtype(x.dtype), copy=True).requires_grad_() if isinstance(v, Tensor) else v
-
-    def unit(r: Tensor) -> Tensor:
-        u = torch.nn.functional.normalize(r) if normalize else r
-        return u + (u.to(rounded).to(F64) - u).detach()
-
-    heads = [replace(h, scale=leaf(h.scale), row_bias=leaf(h.row_bias), column_bias=leaf(h.column_bias)) for h in heads]
-    used = leaves if rounded is None else [unit(t) for t in leaves]
-    options["normalize"] = normalize and rounded is None
-    pairs = masked_lse(used[0], None if y is None else used[1], heads=heads, **options)
-    results = [t for pair in pairs for t in pair]
-    generator = seeded(7)
-    total = results[0].new_zeros(())
-    for r in results:
-        weight = torch.randn(r.shape, generator=generator, dtype=F64).to(r)
-        total = total + (weight * torch.where(r == -math.inf, 0, r)).sum()
-    parameters = learned(heads)
-    wanted = [*leaves, *parameters, *used]
-    gradients = list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
-    sides, of_unit = len(leaves), gradients[len(leaves) + len(parameters) :]
-    if rounded is not None and normalize:
-        of_unit = [g / t.detach().norm(dim=1, keepdim=True) for g, t in zip(of_unit, leaves, strict=True)]
-    return (
-        [*(r.detach() for r in results), *gradients[sides:-sides]],
-        gradients[:sides],
-        [g.norm().item() for g in of_unit],
-    )
-
-
-def assert_close(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], bound: float, norms: Sequence[float] | None = None
-) -> None:
-    for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert a.shape == e.shape
-        finite = e.isfinite()
-        assert torch.equal(finite, a.isfinite()), k
-        assert torch.equal(a[~finite].to(F64), e[~finite].to(F64)), k
-        error, norm = (a.to(F64) - e)[finite].norm().item(), norms[k] if norms else e[finite].norm().item()
-        assert error <= bound * max(1.0, norm), (k, error / max(1.0, norm))
-
-
-def check(x: Tensor, y: Tensor | None, heads: Sequence[Head], dtype: torch.dtype = F64, **options: object) -> None:
-    """Values and all gradients; of half precision those of the rounded unit rows."""
-    low = [None if t is None else t.to(dtype) for t in (x, y)]
-    wide = [None if t is None else t.to(F64) for t in low]
-    half = dtype if dtype.itemsize == 2 else None
-    expected = values_and_gradients(*wide, heads, rounded=half, **options, impl="reference")
-    actual = values_and_gradients(*low, heads, **options, impl="triton")
-    assert all(g.dtype == dtype for g in actual[1])
-    assert all(r.dtype == accumulation_dtype(dtype) for r in actual[0])
-    of_results, of_rows = BOUNDS[dtype]
-    assert_close(actual[0], expected[0], of_results)
-    assert_close(actual[1], expected[1], of_rows, expected[2])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -222,12 +93,15 @@ def test_wide_rows(dtype: torch.dtype, gallery: bool, normalize: bool) -> None:
     check(x, y, [Head(scale, PairMask(offset=1), Indexed(labels(N, m)))], dtype, normalize=normalize)
 
 
+@pytest.mark.parametrize("plan", ["weights", "strips"])
 @pytest.mark.parametrize("k", range(len(MASKS)))
-def test_every_mask_and_target_by_strips(strips: None, k: int) -> None:
-    """On both axes by turns, with all that a head has, cut to blocks; rows of 520 features and more."""
-    dtype, gallery = DTYPES[k % 4], k % 3 > 0
-    m = M if gallery else N
-    x, y = rows(N, 520 + 29 * k), rows(m, 520 + 29 * k, seed=6) if gallery else None
+def test_every_mask_and_target_by_blocks(request: pytest.FixtureRequest, plan: str, k: int) -> None:
+    """On both axes by turns, with all that a head has, cut to blocks; rows of 520 features and more, of 70 and more
+    where weights alone are stored."""
+    request.getfixturevalue(plan)
+    dtype, gallery = DTYPES[(k + (plan == "weights")) % 4], k % 3 > 0
+    m, width = M if gallery else N, (520 if plan == "strips" else 70) + 29 * k
+    x, y = rows(N, width), rows(m, width, seed=6) if gallery else None
     target = list(TARGETS.values())[k](N, m)
     head = Head(torch.tensor(9.0, device=DEVICE), list(MASKS.values())[k](N, m), target, 0.2 * (k % 2), uniform(N))
     other = Head(-7.0, row_bias=uniform(N) - 4, column_bias=-uniform(m), reduce=phi.NAMES[k % len(phi.NAMES)])
@@ -237,12 +111,14 @@ def test_every_mask_and_target_by_strips(strips: None, k: int) -> None:
     check(x, y, heads, dtype, first_column=3 * gallery, columns=m + 5)
 
 
+@pytest.mark.parametrize("plan", ["weights", "strips"])
 @pytest.mark.parametrize("gallery", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strips_in_several_blocks_of_columns_and_one(
-    monkeypatch: pytest.MonkeyPatch, strips: None, dtype: torch.dtype, gallery: bool
+def test_several_blocks_and_one(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, plan: str, dtype: torch.dtype, gallery: bool
 ) -> None:
     """And rows as they are: of 1,100 features, and of prefixes."""
+    request.getfixturevalue(plan)
     if gallery:
         monkeypatch.setattr(plans, "_workspace", "1GiB")
     m = M if gallery else N
@@ -365,7 +241,7 @@ def test_low_precision_is_no_worse_than_dense_torch(dtype: torch.dtype, gallery:
 
 
 @pytest.mark.parametrize("gallery", [True, False])
-@pytest.mark.parametrize("plan", ["fused", "strips"])
+@pytest.mark.parametrize("plan", ["fused", "weights", "strips"])
 def test_gradients_one_by_one(request: pytest.FixtureRequest, plan: str, gallery: bool) -> None:
     """Each wanted alone equals the same among all; what is not wanted is not there."""
     request.getfixturevalue(plan)
@@ -389,19 +265,23 @@ def test_gradients_one_by_one(request: pytest.FixtureRequest, plan: str, gallery
 
 
 @triton.jit
-def own_tile_kernel(u, v, s, n, m, width, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
-    own = tl.arange(0, BLOCK)
-    tile = kernels.own_tile(u, v, own % n, own % m, width, s.dtype.element_ty, TRANSPOSED, "ieee", 16)
-    tl.store(s + own[:, None] * BLOCK + own[None, :], tile)
+def own_tile_kernel(
+    u, v, s, n, m, width, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    own, other = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    tile = kernels.own_tile(u, v, own % n, other % m, width, s.dtype.element_ty, TRANSPOSED, "ieee", BLOCK_K)
+    tl.store(s + own[:, None] * BLOCK_N + other[None, :], tile)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_thresholds_see_the_same_bits(dtype: torch.dtype) -> None:
     """Programs that own rows and those that own columns compare the same scores."""
     x, y = rows(27, 48).to(dtype), rows(29, 48, seed=6).to(dtype)
-    s, turned = torch.empty(2, 32, 32, dtype=accumulation_dtype(dtype), device=DEVICE)
-    own_tile_kernel[(1,)](x, y, s, 27, 29, 48, TRANSPOSED=False, BLOCK=32)
-    own_tile_kernel[(1,)](y, x, turned, 29, 27, 48, TRANSPOSED=True, BLOCK=32)
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "SLICE": 7}
+    s = torch.empty(64, 32, dtype=accumulation_dtype(dtype), device=DEVICE)
+    turned = torch.empty_like(s.T, memory_format=torch.contiguous_format)
+    own_tile_kernel[(1,)](x, y, s, 27, 29, 48, TRANSPOSED=False, **backend.oriented(tile, "row"))
+    own_tile_kernel[(1,)](y, x, turned, 29, 27, 48, TRANSPOSED=True, **backend.oriented(tile, "column"))
     assert torch.equal(s, turned.T)
     torch.testing.assert_close(s[:27, :29], (x.to(s.dtype) @ y.to(s.dtype).T))
 
@@ -429,7 +309,7 @@ def test_equal_from_run_to_run() -> None:
 
 
 @pytest.mark.parametrize("gallery", [True, False])
-@pytest.mark.parametrize("plan", ["fused", "strips"])
+@pytest.mark.parametrize("plan", ["fused", "weights", "strips"])
 def test_one_sweep_form(request: pytest.FixtureRequest, plan: str, gallery: bool) -> None:
     """With everything that has a gradient; a row of weight 0 counts nothing, though no pair of it is allowed."""
     request.getfixturevalue(plan)
@@ -472,7 +352,7 @@ def test_kernels_are_compiled_on_a_gpu_and_only_there() -> None:
         assert isinstance(kernel, triton.JITFunction) == COMPILED
 
 
-@pytest.mark.parametrize("plan", ["fused", "strips"])
+@pytest.mark.parametrize("plan", ["fused", "weights", "strips"])
 def test_nothing_waits_for_the_device(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, plan: str
 ) -> None:

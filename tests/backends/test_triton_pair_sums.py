@@ -56,9 +56,11 @@ def test_nan_shows() -> None:
             assert sums.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("plan", ["fused", "weights", "strips"])
 @pytest.mark.parametrize("name", phi.NAMES)
-def test_rows_without_a_pair(name: str) -> None:
+def test_rows_without_a_pair(request: pytest.FixtureRequest, plan: str, name: str) -> None:
     """0 and no gradient, whatever the upstream gradient; the others are not touched."""
+    request.getfixturevalue(plan)
     x, y = (torch.randn(6, 3, dtype=F64).to(DEVICE).requires_grad_() for _ in range(2))
     own, others = torch.tensor([0, 0, 1, 1, 2, 5]), torch.tensor([0, 1, 1, 0, 7, 7])
     mask = PairMask(same=(own.to(DEVICE), others.to(DEVICE)))

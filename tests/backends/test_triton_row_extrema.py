@@ -58,6 +58,8 @@ MASKS: dict[str, Callable[[int, int], PairMask]] = {
             for shape in ((N, M, 7), (N, 0, 40), (3, M, 9), (17, 1, 1), (1, 16, 33))
         ),
         *(
+            ("weights", "between", *FEW, 70),
+            ("weights", "between", N, M, 7),
             ("strips", "between", *FEW, 520),
             ("strips", "distinct, wrapped offset", *FEW, 9),
             ("strips", "none", 3, 0, 9),
@@ -85,7 +87,10 @@ def test_equals_reference(request: pytest.FixtureRequest, plan: str, mask: str, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("plan", "gallery", "normalize", "width"),
-    [*(("fused", *choice, 40) for choice in itertools.product((True, False), repeat=2)), ("strips", True, True, 600)],
+    [
+        *(("fused", *choice, 40) for choice in itertools.product((True, False), repeat=2)),
+        *(("weights", True, True, 70), ("weights", False, False, 70), ("strips", True, True, 600)),
+    ],
 )
 def test_scores_are_those_of_masked_lse(
     request: pytest.FixtureRequest, dtype: torch.dtype, gallery: bool, plan: str, normalize: bool, width: int
@@ -115,7 +120,7 @@ def test_scores_are_those_of_masked_lse(
     torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("plan", "gallery"), [("fused", True), ("fused", False), ("strips", True)])
+@pytest.mark.parametrize(("plan", "gallery"), [("fused", True), ("fused", False), ("weights", True), ("strips", True)])
 def test_of_equals_the_first(request: pytest.FixtureRequest, plan: str, gallery: bool) -> None:
     """Within a tile, across tiles, parts and blocks: every row stands there many times, exactly."""
     request.getfixturevalue(plan)

@@ -53,9 +53,9 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 IN_ROW_DTYPE = ("x", "y", "u", "v", "bank", "logits", "soft", "grad_soft", "grad_hard", "d_rows", "weights")
 INT64 = ("start", "size", "first", "self_slot", "row", "column", "partner", "index", "codes", "seed")
 INT32 = (
-    *("n", "m", "width", "pairs", "first_column", "books", "words"),
+    *("n", "m", "width", "stride", "pairs", "first_column", "books", "words"),
     *("blocks", "count", "batch", "pieces", "down"),
-    *("stride", "du_stride", "dx_stride"),
+    *("du_stride", "dx_stride"),
 )
 ALIGNED = ("width", "stride", "du_stride", "dx_stride")  # of arguments that are no pointers
 
@@ -205,8 +205,38 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
             yield Variant(forward, launch, "stored, everything", stored, rare=not transposed)
         launch = {**options, "HEADS": 2, "SLOTS": 2}
         weights = masked_lse.masked_lse_weights_kernel
-        yield Variant(weights, launch, "everything", {"heads": (everything, everything)})
-        yield Variant(weights, launch, "CLIP", {"heads": clip, **biases}, rare=True)
+        launch, given = {**launch, "BLOCK_K": 0}, {"u": real, "v": None, "unit": None}
+        yield Variant(weights, launch, "stored, everything", {"heads": (everything, everything), **given})
+        yield Variant(weights, launch, "stored, CLIP", {"heads": clip, **given, **biases}, rare=True)
+    unit = {} if dtype == "fp16" else {"unit": None}
+    for options in choices("lse weights"):
+        for name, heads, given, rare in (
+            ("InfoNCE", (info_nce,), NO_SUMS, True),
+            ("SupCon", (sup_con,), NO_SUMS, True),
+            ("CLIP", clip, biases, False),
+            ("MultiSimilarity", multi_similarity, NO_SUMS, True),
+            ("ProxyAnchor", proxy_anchor, NO_SUMS, True),
+            ("multi-label", (multi_label,), NO_SUMS, True),
+        ):
+            yield stored_weights(name, options, heads, {**unit, **given}, rare)
+    for options in choices("lse weights heavy"):
+        yield Variant(forward, {**options, "TRANSPOSED": True}, "everything", {"head": everything}, rare=True)
+        yield stored_weights("everything", options, (everything, everything), {**unit, "row_sums": None})
+
+
+NO_SUMS = {"row_sums": None, "column_sums": None, "score_sums": None}
+
+
+def stored_weights(
+    name: str,
+    options: Mapping[str, int],
+    heads: tuple[pairs.Head, ...],
+    given: Mapping[str, Any],
+    rare: bool = False,
+) -> Variant:
+    """The kernel that makes weights of rows."""
+    launch = {**options, "HEADS": len(heads), "SLOTS": len(heads)}
+    return Variant(masked_lse.masked_lse_weights_kernel, launch, name, {"heads": heads, **given}, rare)
 
 
 def tile(options: Mapping[str, int]) -> dict[str, int]:
@@ -226,6 +256,9 @@ def pair_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         for name, one in named.items():
             rare = one is not spreading
             yield Variant(masked_lse.masked_lse_kernel, {**options, "TRANSPOSED": False}, name, {"head": one}, rare)
+    for options in choices("lse weights"):
+        given = {"row_sums": None, "column_sums": None, "unit": None}
+        yield stored_weights("InvariantSpreading", options, (spreading,), given, rare=True)
     for options in choices("lse gradient"):
         yield from backwards("InvariantSpreading", options, (spreading,), (), ("rows", "columns"))
         yield from backwards("CentroidTriplet", options, (centroids,), ("columns",), ("rows",))
@@ -235,8 +268,10 @@ def row_extrema_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     """Under every condition at once."""
     labels, real = ("*i64", "*i64"), accumulated(dtype)
     every = pairs.Mask(labels, labels, labels, "i32", "i32", real, real)
-    for options in choices("lse heavy"):
-        yield Variant(row_extrema.row_extrema_kernel, {**tile(options), "GREATEST": False}, "", {"mask": every})
+    for kind in ("lse heavy", "lse weights heavy"):
+        for options in choices(kind):
+            launch = {**tile(options), "GREATEST": False}
+            yield Variant(row_extrema.row_extrema_kernel, launch, "", {"mask": every}, kind != "lse heavy")
     for options in choices("strip"):
         given = {"x": real, "y": None, "mask": every}
         launch = {**options, "BLOCK_K": 0, "GREATEST": True}

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastret.backends.pairs import Gradients, Head, Need
 from fastret.backends.registry import Call
 from fastret.backends.rows import accumulation_dtype
-from fastret.backends.triton import masked_lse_strips
+from fastret.backends.triton import masked_lse_blocks
 from fastret.backends.triton.heads import Upstream, arguments, by_threshold, conditions
 from fastret.backends.triton.plans import Strips, plan_for
 from fastret.backends.triton.rows import PackedRows, look, merging, nothing_yet, pack_padded, padded, total
@@ -47,7 +47,7 @@ class _Problem:
         x, y: packed rows (N, width) and columns (M, width); the same object where y is None.
         heads: those of this width.
         places: where they stand among all.
-        heavy: they take small square tiles: their conditions are many, or compare scores with thresholds. Scores are
+        heavy: they take tiles of their own: their conditions are many, or compare scores with thresholds. Scores are
             then the same bits in every launch.
     """
 
@@ -74,16 +74,34 @@ class _Problem:
         like = torch.empty((), dtype=accumulation_dtype(self.x.rows.dtype), device=self.x.rows.device)
         return tuple(arguments(head, like, self.columns) for head in self.heads)
 
-    def strips(self) -> Strips | None:
-        """The blocks to go through; None where the fused kernels do better."""
-        kind = "lse heavy" if self.heavy else "lse gradient"
-        return Strips(self.x.rows, self.y.rows) if plan_for(self.x.rows, kind) == "strip" else None
+    @functools.cached_property
+    def plan(self) -> str:
+        """By the width; but weights of float16 without a bound stay in the registers of fused kernels, unless
+        thresholds choose their pairs: other tiles would choose others."""
+        plan = plan_for(self.x.rows, "lse heavy" if self.heavy else "lse gradient")
+        held = self.x.rows.dtype == torch.float16 and not self.bounded and not any(map(by_threshold, self.heads))
+        return "fused" if plan == "weights" and held else plan
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the weights are."""
+        return all(head.reduce in masked_lse_blocks.STEEPEST for head in self.heads)
+
+    @property
+    def blocks(self) -> Strips:
+        """Those to go through where the plan is not fused."""
+        return Strips(self.x.rows, self.y.rows, stored=self.plan == "strip", bounded=self.bounded)
+
+    @property
+    def kind(self) -> str:
+        """Of the tiles of forward, where scores are not stored."""
+        return ("lse weights heavy" if self.plan == "weights" else "lse heavy") if self.heavy else "lse"
 
     def sums(self, head: Head, given: pairs.Head) -> tuple[Tensor, Tensor]:
         """lse, or the sum of a phi, and t of one head; ``given``: as the kernels take it."""
         u, v = self.sides(head.axis)
         n, m = len(u), len(v)
-        options = config.lookup("lse heavy" if self.heavy else "lse", u.device, u.dtype, self.width)
+        options = oriented(config.lookup(self.kind, u.device, u.dtype, self.width), head.axis)
         blocks = triton.cdiv(n, options["BLOCK_M"])
         parts = config.parts(u.device, blocks, triton.cdiv(m, options["BLOCK_N"]))
         lse = torch.empty(n, dtype=accumulation_dtype(u.dtype), device=u.device)
@@ -92,7 +110,7 @@ class _Problem:
             *(u, v, given, lse, t, *merging(lse, parts, blocks), n, m, self.width, self.first_column),
             TRANSPOSED=head.axis == "column",
             PRECISION=config.precision(u.dtype),
-            **{name: value for name, value in options.items() if name != "SLICE"},
+            **options,
         )
         return lse, t
 
@@ -136,6 +154,13 @@ def _looked_for(x: Tensor, y: Tensor | None, heads: Sequence[Head]) -> Tensor:
         look(x, nothing)
         look(gallery, nothing)
     return nothing
+
+
+def oriented(options: config.Options, axis: str) -> config.Options:
+    """Tiles for programs that own rows or columns, the same of the pair matrix."""
+    m, n = ("BLOCK_M", "BLOCK_N") if axis == "row" else ("BLOCK_N", "BLOCK_M")
+    tile = {name: value for name, value in options.items() if name != "SLICE"}
+    return {**tile, "BLOCK_M": options[m], "BLOCK_N": options[n]}
 
 
 def _problems(
@@ -236,11 +261,10 @@ def _results(
         return [(t - torch.inf if h.reduce == "lse" else t.clone(), t) for h, t in zip(heads, empty, strict=True)]
     results: dict[int, tuple[Tensor, Tensor]] = {}
     for problem in problems:
-        strips = problem.strips()
         found = (
-            map(problem.sums, problem.heads, problem.arguments)
-            if strips is None
-            else masked_lse_strips.sums(strips, problem.heads, problem.first_column, problem.columns)
+            masked_lse_blocks.sums(problem.blocks, problem.heads, problem.first_column, problem.columns)
+            if problem.plan == "strip"
+            else map(problem.sums, problem.heads, problem.arguments)
         )
         for place, (lse, t) in zip(problem.places, found, strict=True):
             results[place] = lse.add_(nothing), t.add_(nothing)
@@ -313,17 +337,18 @@ class _Side:
 def _add_gradients(
     sides: tuple[_Side, _Side], result: Gradients, problem: _Problem, upstream: Sequence[Upstream]
 ) -> None:
-    """Those of the heads of one problem: by strips, or in at most two launches, programs that own rows, and columns."""
+    """Those of the heads of one problem: by blocks, or in at most two launches, programs that own rows, and columns."""
     of_x, of_y = sides
     row_bias, column_bias, scale = (
         any(gradients[k] is not None for k in problem.places)
         for gradients in (result.row_bias, result.column_bias, result.scale)
     )
     symmetric = problem.x is problem.y
-    if (strips := problem.strips()) is not None:
-        those = masked_lse_strips.Wanted(of_x.wanted, of_y.wanted, row_bias, column_bias, scale)
-        found = masked_lse_strips.gradients(
-            strips, problem.heads, upstream, problem.first_column, problem.columns, those
+    if problem.plan != "fused":
+        those = masked_lse_blocks.Wanted(of_x.wanted, of_y.wanted, row_bias, column_bias, scale)
+        kind = "lse weights heavy" if problem.heavy else "lse weights"
+        found = masked_lse_blocks.gradients(
+            problem.blocks, problem.heads, upstream, problem.first_column, problem.columns, those, kind
         )
         of_x.add(problem.x, found.du)
         of_y.add(problem.y, found.dv)

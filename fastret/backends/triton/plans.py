@@ -125,12 +125,13 @@ class Strips:
     v: Tensor
     whole_rows: bool = False
     stored: bool = True  # the scores; only weights are where the plan is "weights"
+    bounded: bool = True  # the weights, by a number that is known beforehand and not far above them
 
     @property
     def half(self) -> bool:
         """Whether weights are rounded to the dtype of the rows. float16 has too little range for gradients: where its
-        weights take the place of scores they stay float32."""
-        return self.u.dtype.itemsize == 2 and (self.u.dtype == torch.bfloat16 or not self.stored)
+        weights take the place of scores, or have no bound to scale them by, they stay float32."""
+        return self.u.dtype == torch.bfloat16 or (self.u.dtype == torch.float16 and self.bounded and not self.stored)
 
     def room(self) -> int:
         """Pairs of a block."""

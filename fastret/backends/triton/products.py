@@ -1,5 +1,5 @@
-"""Products of half-precision rows that are wanted in float32, as the strip plan needs them: scores rounded to bfloat16
-would lose what small temperatures multiply.
+"""Products of half-precision rows that are wanted in float32, as plans that store scores or weights need them: scores
+rounded to bfloat16 would lose what small temperatures multiply.
 
 On CUDA PyTorch multiplies such rows into float32. Where it does not (CPU tensors, in the interpreter), operands are
 widened first, which gives the same products at the price of a copy and of float32's speed.
@@ -15,7 +15,10 @@ from torch import Tensor
 # launches. Until 2.10 addmm with an out_dtype wanted the matrix added to in the dtype of the factors (PyTorch's pull
 # request 167931).
 INTO_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype_out")  # since 2.8
-ONTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out") and torch.__version__ >= (2, 11)
+ONTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out") and tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2,
+    11,
+)
 
 
 def into_float32(t: Tensor) -> bool:
@@ -29,10 +32,10 @@ def onto_float32(t: Tensor) -> bool:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b, in the dtype of ``out``; a and b have one dtype."""
-    if a.dtype == out.dtype:
+    """out = a @ b, in the dtype of ``out``; a may be wider than b."""
+    if a.dtype == b.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if into_float32(a):
+    if a.dtype == b.dtype and into_float32(a):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 

@@ -34,10 +34,11 @@ def forward(
             return [(value, torch.full((len(x),), -1, device=x.device)) for value in worst]
         u = pack_padded(x, None, normalize, nothing).rows
         v = u if y is None else pack_padded(y, None, normalize, nothing).rows
-        if plan_for(u, "lse heavy") == "strip":
+        plan = plan_for(u, "lse heavy")
+        if plan == "strip":
             found = _by_strips(Strips(u, v), extrema, first_column)
         else:
-            options = config.lookup("lse heavy", u.device, u.dtype)
+            options = config.lookup("lse weights heavy" if plan == "weights" else "lse heavy", u.device, u.dtype)
             tile = {name: option for name, option in options.items() if name != "SLICE"}
             found = [_extremum(u, v, kind, mask, padded(x.shape[1]), first_column, tile) for kind, mask in extrema]
         return [(value.add_(nothing), index) for value, index in found]
