@@ -18,26 +18,40 @@ import numpy as np
 import pytest
 
 
-def _repair_bf16_dot() -> None:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 operands of tl.dot; give it floats."""
+def _repair_bf16() -> None:
+    """Triton's interpreter rounds to bfloat16 towards zero, where GPUs round to the nearest, and multiplies the bit
+    patterns of bfloat16 operands of tl.dot; give it floats."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    original = interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(h: Any) -> Any:
+        if h.dtype.scalar != tl.bfloat16:
+            return h
+        return interpreter.TensorHandle((h.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *args: Any, **kwargs: Any) -> Any:
-        def upcast(h: Any) -> Any:
-            if h.dtype.scalar != tl.bfloat16:
-                return h
-            return interpreter.TensorHandle((h.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return dot(self, widened(a), widened(b), d, *args, **kwargs)
 
-        return original(self, upcast(a), upcast(b), d, *args, **kwargs)
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return widened(src)
+        if kinds != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        bits = src.data.view(np.uint32)
+        nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        return interpreter.TensorHandle(
+            np.where(np.isnan(src.data), 0x7FC0, nearest).astype(np.uint16), dst_type.scalar
+        )
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    _repair_bf16_dot()
+    _repair_bf16()
 
 
 def _poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

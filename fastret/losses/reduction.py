@@ -46,7 +46,8 @@ def log1p_exp(z: Tensor) -> Tensor:
 
 def row_weights(rows: Tensor, valid: Tensor | None, reduction: str) -> Tensor:
     """(N,) constants whose weighted sum of row losses is "mean" over valid rows, or "sum"."""
-    weight = rows.new_ones(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
-    if valid is not None:
-        weight = weight * valid
+    count, wide = rows.shape[0], accumulation_dtype(rows.dtype)
+    if valid is None:
+        return rows.new_full((count,), 1 / max(count, 1) if reduction == "mean" else 1.0, dtype=wide)
+    weight = valid.to(wide)
     return weight / weight.sum().clamp_min(1) if reduction == "mean" else weight

@@ -152,14 +152,13 @@ def check_range(index: Tensor, size: int, name: str, *, negative: bool = False) 
     if torch.compiler.is_compiling() or is_wrapped(index):
         return
     # a size that the dtype of the index does not hold would wrap, and no index reaches it
-    wrong = index >= size if size <= torch.iinfo(index.dtype).max else torch.zeros_like(index, dtype=torch.bool)
-    if not negative:
-        wrong = wrong | (index < 0)
+    most = min(size - 1, torch.iinfo(index.dtype).max)
+    right = (index < 0) & negative if most < 0 else index.clamp(None if negative else 0, most) == index
     message = f"{name}: expected numbers from 0 to {size - 1}"
     if index.device.type != "cpu":
-        torch._assert_async(~wrong.any(), message)
-    elif wrong.any():
-        raise ValueError(f"{message}, got {int(index[wrong][0])}")
+        torch._assert_async(right.all(), message)
+    elif not right.all():
+        raise ValueError(f"{message}, got {int(index[~right][0])}")
 
 
 def check_offsets(offsets: Tensor, entries: int, name: str) -> None:

@@ -47,6 +47,7 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
 # sampled scores, sampled gradient: BLOCK_S rows of a bank at a time, by the bytes of its elements.
 # patchmix: BLOCK_P pieces of BLOCK_W words, by the bytes of a word; of shorter pieces more.
 # update rows: BLOCK_D features of a row at a time.
+# pack, unpack: BLOCK_R rows of BLOCK_D features, by the bytes of the caller's; of shorter rows more, of few rows fewer.
 # assign, assign rows, assign words: soft_assign and its gradients, of books whose widths a SLICE holds;
 # float16 rows, the products of which take TF32, as float32.
 # strip: stored tiles of S, for all ops; nothing is multiplied.
@@ -109,6 +110,10 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("sampled gradient", 8): _everywhere(_options(4, 1, BLOCK_S=16, SLICE=128)),
     **{("patchmix", size): _everywhere(_options(4, 1, BLOCK_P=8, BLOCK_W=128)) for size in (1, 2, 4, 8)},
     **{("update rows", size): _everywhere(_options(4, 1, BLOCK_D=512)) for size in (2, 4, 8)},
+    **{("pack", size): _everywhere(_options(4, 1, BLOCK_R=2, BLOCK_D=1024)) for size in (2, 4)},
+    ("pack", 8): _everywhere(_options(8, 1, BLOCK_R=1, BLOCK_D=1024)),
+    **{("unpack", size): _everywhere(_options(4, 1, BLOCK_R=2, BLOCK_D=1024)) for size in (2, 4)},
+    ("unpack", 8): _everywhere(_options(8, 1, BLOCK_R=1, BLOCK_D=1024)),
     ("lse", 2): {
         "sm_80": (_tile(64, 64, 32, 8, 3),),
         "sm_90": (_tile(64, 64, 64, 8, 3),),
@@ -224,6 +229,8 @@ _INTERPRETED: dict[str, Options] = {
     "sampled gradient": _options(1, 1, BLOCK_S=16, SLICE=32),
     "patchmix": _options(1, 1, BLOCK_P=4, BLOCK_W=16),
     "update rows": _options(1, 1, BLOCK_D=32),
+    "pack": _options(1, 1, BLOCK_R=32, BLOCK_D=32),
+    "unpack": _options(1, 1, BLOCK_R=32, BLOCK_D=32),
     "lse": _tile(16, 16, 32, 1, 1),
     "lse gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
     "lse heavy": _tile(16, 16, 32, 1, 1, SLICE=32),
@@ -321,8 +328,13 @@ def parts(device: torch.device, programs: int, tiles: int, resident: int = 1) ->
 
     It follows from shapes and device alone, so that sums are equal from run to run. No part is empty.
     """
-    processors = _INTERPRETED_PROCESSORS
-    if device.type != "cpu":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    share = -(-tiles // max(1, min(tiles, resident * processors // programs)))
+    share = -(-tiles // max(1, min(tiles, resident * processors(device) // programs)))
     return -(-tiles // share)
+
+
+def processors(device: torch.device) -> int:
+    """How many programs run beside each other, if one occupies a multiprocessor."""
+    if device.type == "cpu":
+        return _INTERPRETED_PROCESSORS
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

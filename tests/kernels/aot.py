@@ -35,6 +35,7 @@ from fastret.kernels.triton import (
     soft_assign,
     update_rows,
 )
+from fastret.kernels.triton import rows as row_kernels
 
 Choices = Callable[..., tuple[config.Options, ...]]
 
@@ -54,7 +55,9 @@ INT64 = ("start", "size", "first", "self_slot", "row", "column", "partner", "ind
 INT32 = (
     *("n", "m", "width", "stride", "pairs", "first_column", "books", "words"),
     *("blocks", "count", "batch", "pieces", "down"),
+    *("du_stride", "dx_stride"),
 )
+ALIGNED = ("width", "stride", "du_stride", "dx_stride")  # of arguments that are no pointers
 
 
 class Variant(NamedTuple):
@@ -83,7 +86,7 @@ def variants(architecture: str, dtype: str, thorough: bool) -> list[Variant]:
     choices = functools.partial(config.choices, architecture=architecture, itemsize=ITEMSIZE[dtype])
     of_ops = (
         *(rank_sums_variants, masked_lse_variants, pair_sums_variants, row_extrema_variants, pair_dot_variants),
-        *(soft_assign_variants, sampled_dot_variants, patchmix_variants, update_rows_variants),
+        *(soft_assign_variants, sampled_dot_variants, patchmix_variants, update_rows_variants, rows_variants),
     )
     found = [variant for of_op in of_ops for variant in of_op(choices, dtype)]
     if dtype == "fp32":
@@ -361,6 +364,40 @@ def update_rows_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
             yield Variant(update_rows.update_rows_kernel, launch, duplicates, duplicated, rare)
 
 
+def rows_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
+    """Rows in one tile, many and few, and in several; in the order of classes, and in their own; gradients in the dtype
+    of accumulation and in that of the rows, of packed rows and of a parameter's own."""
+    real, one = accumulated(dtype), tl.constexpr(1)
+    known: dict[str, Any] = {"rows": f"*{dtype}", "order": "*i64", "step": one}
+    plain: dict[str, Any] = {**known, "order": None}
+    for options in choices("pack"):
+        for width, padding, many, rare in ((512, 512, True, False), (512, 512, False, True), (1500, 1504, True, False)):
+            launch = {**tiled(options, width, many), "WIDTH": width, "PADDED": padding}
+            yield Variant(row_kernels.pack_kernel, launch, "order", known, rare)
+            yield Variant(row_kernels.pack_kernel, launch, "as they are", {**plain, "norms": None}, True)
+            yield Variant(row_kernels.pack_kernel, launch, "norms", {**plain, "rows": None}, True)
+        apart = {**known, "step": "i32"}
+        yield Variant(
+            row_kernels.pack_kernel, {**tiled(options, 101, True), "WIDTH": 101, "PADDED": 112}, "columns", apart, True
+        )
+    for options in choices("unpack"):
+        for width, many, rare in ((512, True, False), (512, False, True), (1500, True, False)):
+            launch = {**tiled(options, width, many), "WIDTH": width, "ADD": False, "RAW": False}
+            yield Variant(row_kernels.unpack_kernel, launch, "order", {**known, "dx": f"*{dtype}"}, rare)
+            yield Variant(row_kernels.unpack_kernel, {**launch, "RAW": True}, "raw", {**plain, "dx": real}, rare)
+            yield Variant(row_kernels.unpack_kernel, {**launch, "ADD": True}, "onto", {**plain, "dx": real}, True)
+            yield Variant(
+                row_kernels.unpack_kernel, launch, "as they are", {**plain, "rows": None, "norms": None}, True
+            )
+
+
+def tiled(options: Mapping[str, int], width: int, many: bool) -> dict[str, int]:
+    """Tiles of rows of a width, of as many as there are, or of one."""
+    features = min(options["BLOCK_D"], triton.next_power_of_2(width))
+    most = options["BLOCK_R"] * options["BLOCK_D"] // features
+    return {**options, "BLOCK_D": features, "BLOCK_R": most if many else 1}
+
+
 def described(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any]) -> Any:
     """The type of an argument; what is constant in it goes to ``constants``, by its path."""
     if isinstance(value, str):
@@ -380,8 +417,8 @@ def compiled(variant: Variant, dtype: str, target: GPUTarget) -> Any:
     given = {**dict.fromkeys(names, accumulated(dtype)), **types, **variant.arguments, **variant.options}
     constants: dict[tuple[int, ...], Any] = {}
     signature = {name: described(given[name], (k,), constants) for k, name in enumerate(names)}
-    pointers = {n for n in names if isinstance(signature[n], str) and signature[n].startswith("*")}
-    divisible = [n for n in names if n in pointers or n in ("width", "stride")]
+    arguments = {name: kind for name, kind in signature.items() if isinstance(kind, str) and kind != "constexpr"}
+    divisible = [name for name, kind in arguments.items() if name in ALIGNED or kind.startswith("*")]
     source = ASTSource(
         fn=variant.kernel,
         signature=signature,

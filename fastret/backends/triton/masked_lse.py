@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fastret.backends.pairs import Gradients, Head, Need
 from fastret.backends.registry import Call
-from fastret.backends.rows import PackedRows, accumulation_dtype, poison
+from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import masked_lse_blocks
 from fastret.backends.triton.heads import Upstream, arguments, by_threshold, conditions
 from fastret.backends.triton.plans import Strips, plan_for
-from fastret.backends.triton.rows import merging, pack_padded, padded, total
+from fastret.backends.triton.rows import PackedRows, look, merging, nothing_yet, pack_padded, padded, total
 from fastret.kernels.triton import config, pairs
 from fastret.kernels.triton import masked_lse as kernels
 
@@ -31,7 +31,7 @@ CONDITIONS = 6  # that two heads may have for the larger tiles
 
 @dataclass(frozen=True)
 class _Sums:
-    """What one launch of the gradient kernel returns: of the rows it owns, where wanted; sums (heads, n)."""
+    """What one launch of the gradient kernel returns: of the rows it owns, where wanted, in parts; sums (heads, n)."""
 
     rows: Tensor | None
     of_rows: Tensor | None
@@ -141,8 +141,19 @@ class _Problem:
             SLOTS=triton.next_power_of_2(heads),
             **options,
         )
-        du, *sums = (None if t is None else total(t) for t in tables)
-        return _Sums(None if du is None else du[:, : u.shape[1]], *sums)
+        du, *sums = tables
+        of_rows, of_columns, of_scores = (None if t is None else total(t) for t in sums)
+        return _Sums(None if du is None else du[..., : u.shape[1]], of_rows, of_columns, of_scores)
+
+
+def _looked_for(x: Tensor, y: Tensor | None, heads: Sequence[Head]) -> Tensor:
+    """``nothing_yet``: where not all is packed before the first launch, NaN already if it is in the rows."""
+    nothing = nothing_yet(x)
+    gallery = x if y is None else y
+    if not len(x) or not len(gallery) or any(head.width is not None for head in heads):
+        look(x, nothing)
+        look(gallery, nothing)
+    return nothing
 
 
 def oriented(options: config.Options, axis: str) -> config.Options:
@@ -153,12 +164,18 @@ def oriented(options: config.Options, axis: str) -> config.Options:
 
 
 def _problems(
-    x: Tensor, y: Tensor | None, heads: Sequence[Head], *, normalize: bool, first_column: int, columns: int
+    x: Tensor,
+    y: Tensor | None,
+    heads: Sequence[Head],
+    normalize: bool,
+    first_column: int,
+    columns: int,
+    nothing: Tensor | None = None,
 ) -> Iterator[_Problem]:
-    """One for every few heads of a feature width."""
+    """One for every few heads of a feature width; ``nothing`` becomes NaN where the rows hold any."""
 
     def pack(rows: Tensor, width: int | None) -> PackedRows:
-        return pack_padded(rows[:, :width], slice(None), normalize)
+        return pack_padded(rows[:, :width], None, normalize, nothing)
 
     for width in dict.fromkeys(head.width for head in heads):
         u = pack(x, width)
@@ -181,8 +198,8 @@ def forward(
 ) -> list[tuple[Tensor, Tensor]]:
     """(lse, t) of each head, as backends/reference defines them."""
     with torch.cuda.device_of(x):
-        nothing = poison(x, x if y is None else y)
-        problems = _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns)
+        nothing = _looked_for(x, y, heads)
+        problems = _problems(x, y, heads, normalize, first_column, columns, nothing)
         return _results(x, y, heads, problems, nothing)
 
 
@@ -200,13 +217,10 @@ def backward(
 ) -> Gradients:
     """Gradients from those of each head's lse and t."""
     with torch.cuda.device_of(x):
-        nothing = poison(x, x if y is None else y)
-        problems = _problems(x, y, heads, normalize=normalize, first_column=first_column, columns=columns)
+        nothing = _looked_for(x, y, heads)
+        problems = _problems(x, y, heads, normalize, first_column, columns, nothing)
         upstream = [(lse.contiguous(), g.contiguous(), h.contiguous()) for lse, (g, h) in zip(lses, grads, strict=True)]
-        found = _gradients(x, y, heads, problems, upstream, nothing, need)
-        return found._replace(
-            x=None if found.x is None else found.x.to(x.dtype), y=None if found.y is None else found.y.to(x.dtype)
-        )
+        return _gradients(x, y, heads, problems, upstream, nothing, need, x.dtype)
 
 
 def sweep(
@@ -225,14 +239,15 @@ def sweep(
     The scores are multiplied as often as by ``forward`` and ``backward``; rows are normalised and looked through once.
     """
     with torch.cuda.device_of(x):
-        nothing = poison(x, x if y is None else y)
-        problems = list(_problems(x, y, [head], normalize=normalize, first_column=first_column, columns=columns))
+        nothing = _looked_for(x, y, [head])
+        problems = list(_problems(x, y, [head], normalize, first_column, columns, nothing))
         ((lse, t),) = _results(x, y, [head], problems, nothing)
         weight = row_weight.contiguous()
         empty = (weight == 0) & (lse == -torch.inf)
         value = (weight * torch.where(empty, 0 * t, lse - t)).sum()
         upstream = [(lse, weight, -weight)] if any(need) else []
-        return value, _gradients(x, y, [head], problems if any(need) else [], upstream, nothing, need)
+        problems = problems if any(need) else []
+        return value, _gradients(x, y, [head], problems, upstream, nothing, need, nothing.dtype)
 
 
 def _results(
@@ -264,8 +279,9 @@ def _gradients(
     upstream: Sequence[Upstream],
     nothing: Tensor,
     need: Need,
+    dtype: torch.dtype,
 ) -> Gradients:
-    """Those that are wanted, in the accumulation dtype."""
+    """Those that are wanted, in the accumulation dtype; of rows in ``dtype``."""
 
     def blank(wanted: bool, values: list[float | Tensor | None]) -> list[Tensor | None]:
         return [torch.zeros_like(v) + nothing if isinstance(v, Tensor) and wanted else None for v in values]
@@ -278,7 +294,7 @@ def _gradients(
     if len(x) and of_y.shape[0]:
         for problem in problems:
             _add_gradients((of_x, of_y), parameters, problem, [upstream[k] for k in problem.places])
-    return parameters._replace(x=of_x.result(nothing), y=of_y.result(nothing))
+    return parameters._replace(x=of_x.result(nothing, dtype), y=of_y.result(nothing, dtype))
 
 
 @dataclass
@@ -287,27 +303,35 @@ class _Side:
 
     shape: torch.Size
     wanted: bool
-    total: Tensor | None = None
+    last: tuple[PackedRows, Tensor] | None = None  # what was added last: of packed rows still
+    total: Tensor | None = None  # of all before
 
     def add(self, side: PackedRows, du: Tensor | None) -> None:
         """The gradient of packed rows, or of prefixes of rows."""
-        if not self.wanted or du is None:
-            return
-        part = side.gradient(du, du.dtype)
-        if self.total is None and part.shape == self.shape:
-            self.total = part.contiguous()
-            return
-        if self.total is None:
-            self.total = torch.zeros(self.shape, dtype=du.dtype, device=du.device)
-        self.total[:, : part.shape[1]] += part
+        if self.wanted and du is not None:
+            self._unpack()
+            self.last = side, du
 
-    def result(self, nothing: Tensor) -> Tensor | None:
+    def _unpack(self) -> None:
+        """``last`` onto the total."""
+        if self.last is not None:
+            side, du = self.last
+            if self.total is None:
+                self.total = torch.zeros(self.shape, dtype=du.dtype, device=du.device)
+            side.gradient(du, du.dtype, onto=self.total)
+            self.last = None
+
+    def result(self, nothing: Tensor, dtype: torch.dtype) -> Tensor | None:
         """With ``nothing`` added to it."""
         if not self.wanted:
             return None
+        if self.total is None and self.last is not None and self.last[1].shape[-1] == self.shape[1]:
+            side, du = self.last
+            return side.gradient(du, dtype, nothing=nothing)
+        self._unpack()
         if self.total is None:
-            return torch.zeros(self.shape, dtype=nothing.dtype, device=nothing.device) + nothing
-        return self.total.add_(nothing)
+            self.total = torch.zeros(self.shape, dtype=nothing.dtype, device=nothing.device)
+        return self.total.add_(nothing).to(dtype)
 
 
 def _add_gradients(

@@ -8,15 +8,15 @@ import torch
 import triton
 from torch import Tensor
 
-from fastret.backends.rows import PackedRows, accumulation_dtype
-from fastret.backends.triton.rows import pack_padded, padded
+from fastret.backends.rows import accumulation_dtype
+from fastret.backends.triton.rows import PackedRows, pack_padded, padded
 from fastret.kernels.triton import config
 from fastret.kernels.triton import pair_dot as kernels
 
 
 def _packed(x: Tensor, y: Tensor | None, normalize: bool) -> tuple[PackedRows, PackedRows]:
-    u = pack_padded(x, torch.arange(len(x), device=x.device), normalize)
-    return u, u if y is None else pack_padded(y, torch.arange(len(y), device=y.device), normalize)
+    u = pack_padded(x, None, normalize)
+    return u, u if y is None else pack_padded(y, None, normalize)
 
 
 def forward(x: Tensor, y: Tensor | None, row: Tensor, column: Tensor, *, normalize: bool) -> Tensor:

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastret.backends.rows import PackedRows, accumulation_dtype, poison
+from fastret.backends.rows import accumulation_dtype
 from fastret.backends.segments import Segments
 from fastret.backends.triton import plans, rank_sums_strips
 from fastret.backends.triton.plans import Strips
-from fastret.backends.triton.rows import pack_padded, padded, total
+from fastret.backends.triton.rows import PackedRows, nothing_yet, pack_padded, padded, total
 from fastret.kernels.triton import config
 from fastret.kernels.triton import rank_sums as kernels
 
@@ -33,6 +33,7 @@ class _Problem:
     Attributes:
         x, y: queries (N, D) and gallery (M, D), ``width`` apart; the same object where the gallery is the batch.
         width: D and its padding.
+        nothing: 0, or NaN where there is any in the rows.
         segments: start, size and first pair of each sorted query, and where it is excluded its slot; (N,) int64 each.
         scale: log2(e) / temperature, 0-dim, in the dtype of accumulation: a kernel's float argument is float32.
         scores: (P,) scaled scores of the positive pairs; ``score_positives`` fills it.
@@ -43,6 +44,7 @@ class _Problem:
     x: PackedRows
     y: PackedRows
     width: int
+    nothing: Tensor
     segments: tuple[Tensor, Tensor, Tensor, Tensor | None]
     scale: Tensor
     scores: Tensor
@@ -104,7 +106,7 @@ class _Problem:
         return du, dv
 
     def gradient(self, grad_all: Tensor, grad_scores: Tensor, *, of_x: bool, of_y: bool) -> Tensor:
-        """Gradient of the packed rows of x, of y, or of both where they are the same."""
+        """Gradient of the packed rows of x, of y, or of both where they are the same, in parts."""
         u, v = (self.x.rows, self.y.rows) if of_x else (self.y.rows, self.x.rows)
         n, m = len(u), len(v)
         options = config.lookup("gradient", u.device, u.dtype, self.width)
@@ -120,7 +122,7 @@ class _Problem:
             FACTORED=self.factored,
             **options,
         )
-        return total(du)[:, : u.shape[1]]
+        return du[..., : u.shape[1]]
 
 
 def _prepare(
@@ -129,8 +131,9 @@ def _prepare(
     # by where their positives begin, and by where those end: kernels take a block's stretch from its first and last row
     order = s.order if y is None else torch.argsort(2 * s.start + s.count, stable=True)
     width = padded(x.shape[1])
-    queries = pack_padded(x, order, normalize)
-    gallery = queries if y is None else pack_padded(y, s.order, normalize)
+    nothing = nothing_yet(x)
+    queries = pack_padded(x, order, normalize, nothing)
+    gallery = queries if y is None else pack_padded(y, s.order, normalize, nothing)
     dtype = accumulation_dtype(x.dtype)
     start = s.start[order]
     slot = torch.arange(len(x), device=x.device) - start if exclude_self else None
@@ -140,6 +143,7 @@ def _prepare(
         queries,
         gallery,
         width,
+        nothing,
         (start, s.count[order], s.first_pair()[order], slot),
         torch.full((), scale, dtype=dtype, device=x.device),
         torch.empty(pairs, dtype=dtype, device=x.device),
@@ -174,8 +178,7 @@ def forward(
         else:
             problem.score_positives()
             rank_all, rank_pos, *rest = problem.sums(slopes)
-        nan = poison(x) if y is None else poison(x, y)
-        return rank_all.add_(nan), rank_pos.add_(nan), *rest
+        return rank_all.add_(problem.nothing), rank_pos.add_(problem.nothing), *rest
 
 
 def backward(

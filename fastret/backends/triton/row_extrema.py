@@ -9,10 +9,10 @@ import triton
 from torch import Tensor
 
 from fastret.backends.pairs import PairMask
-from fastret.backends.rows import accumulation_dtype, poison
+from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton.heads import mask_arguments, mask_part
 from fastret.backends.triton.plans import Strips, plan_for
-from fastret.backends.triton.rows import pack_padded, padded
+from fastret.backends.triton.rows import look, nothing_yet, pack_padded, padded
 from fastret.kernels.triton import config
 from fastret.kernels.triton import row_extrema as kernels
 
@@ -25,13 +25,15 @@ def forward(
     """(value, index) of each extremum, as backends/reference defines them."""
     gallery = x if y is None else y
     with torch.cuda.device_of(x):
-        nothing = poison(x, gallery)
+        nothing = nothing_yet(x)
         if not len(x) or not len(gallery):
+            look(x, nothing)
+            look(gallery, nothing)
             none = torch.zeros(len(x), dtype=nothing.dtype, device=x.device) + nothing
             worst = [none + (torch.inf if kind == "min" else -torch.inf) for kind, _ in extrema]
             return [(value, torch.full((len(x),), -1, device=x.device)) for value in worst]
-        u = pack_padded(x, slice(None), normalize).rows
-        v = u if y is None else pack_padded(y, slice(None), normalize).rows
+        u = pack_padded(x, None, normalize, nothing).rows
+        v = u if y is None else pack_padded(y, None, normalize, nothing).rows
         plan = plan_for(u, "lse heavy")
         if plan == "strip":
             found = _by_strips(Strips(u, v), extrema, first_column)
