@@ -41,7 +41,9 @@ def topk_finish(
     stream: int,
     /,
 ) -> None: ...
-def pq_topk_plan(queries: int, codes: int, books: int, words: int, k: int, /) -> tuple[int, int, int]: ...
+def pq_topk_plan(
+    queries: int, codes: int, books: int, words: int, k: int, half_tables: bool, /
+) -> tuple[int, int, int]: ...
 def pq_topk(
     query: ArrayTuple,
     codebook: ArrayTuple,
@@ -50,6 +52,7 @@ def pq_topk(
     k: int,
     metric: int,
     first_index: int,
+    half_tables: bool,
     lists: ArrayTuple | None,
     tables: ArrayTuple | None,
     scores: ArrayTuple,
