@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastret.backends import workspace
 from fastret.backends.triton import plans
 
 
@@ -15,4 +16,4 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 def strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips, in the smallest blocks there are: of 16 rows and columns in the interpreter, of 128 on a GPU."""
     monkeypatch.setattr(plans, "_chosen", "strip")
-    monkeypatch.setattr(plans, "_workspace", "1KiB")
+    monkeypatch.setattr(workspace, "_workspace", "1KiB")

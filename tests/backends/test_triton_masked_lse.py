@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastret.backends import phi
+from fastret.backends import phi, workspace
 from fastret.backends.pairs import Gradients, Need
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import masked_lse as backend
-from fastret.backends.triton import plans
 from fastret.kernels.triton import config
 from fastret.kernels.triton import masked_lse as kernels
 from fastret.ops import Circulant, Dense, Head, Indexed, Listed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
@@ -244,7 +243,7 @@ def test_strips_in_several_blocks_of_columns_and_one(
 ) -> None:
     """And rows as they are: of 1,100 features, and of prefixes."""
     if gallery:
-        monkeypatch.setattr(plans, "_workspace", "1GiB")
+        monkeypatch.setattr(workspace, "_workspace", "1GiB")
     m = M if gallery else N
     x, y = rows(N, 1100), rows(m, 1100, seed=6) if gallery else None
     head = Head(8.0 / 1100, PairMask(offset=1), Indexed(labels(N, m)), column_bias=uniform(m))
