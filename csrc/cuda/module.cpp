@@ -81,9 +81,13 @@ PYBIND11_MODULE(_cuda, m) {
     cuda::sampled_dot_forward(sampled_problem(problem), array(scores), stream);
   });
   m.def("sampled_dot_backward",
-        [](const SampledTuple& problem, const ArrayTuple& grad, const ArrayTuple& dx, uintptr_t stream) {
-          cuda::sampled_dot_backward(sampled_problem(problem), array(grad), array(dx), stream);
+        [](const SampledTuple& problem, const ArrayTuple& grad, const MaybeArray& partial, const ArrayTuple& dx,
+           uintptr_t stream) {
+          cuda::sampled_dot_backward(sampled_problem(problem), array(grad), array(partial), array(dx), stream);
         });
+  m.def("sampled_dot_parts", [](const SampledTuple& problem) {
+    return cuda::sampled_dot_parts(sampled_problem(problem));
+  });
   m.def("knn_vote", [](const ArrayTuple& scores, const ArrayTuple& indices, const ArrayTuple& place, int64_t classes,
                        double scale, const ArrayTuple& winners, const ArrayTuple& shares, uintptr_t stream) {
     cuda::knn_vote({array(scores), array(indices), array(place), classes, scale}, array(winners), array(shares),
