@@ -169,6 +169,7 @@ def pq_topk(
     k: int,
     metric: int,
     first_index: int,
+    half_tables: bool,
     threads: int,
     scores: ArrayTuple,
     indices: ArrayTuple,

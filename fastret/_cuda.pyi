@@ -15,7 +15,10 @@ topk_most: int
 
 def device_error() -> str: ...
 def sampled_dot_forward(problem: SampledTuple, scores: ArrayTuple, stream: int, /) -> None: ...
-def sampled_dot_backward(problem: SampledTuple, grad: ArrayTuple, dx: ArrayTuple, stream: int, /) -> None: ...
+def sampled_dot_backward(
+    problem: SampledTuple, grad: ArrayTuple, partial: ArrayTuple | None, dx: ArrayTuple, stream: int, /
+) -> None: ...
+def sampled_dot_parts(problem: SampledTuple, /) -> int: ...
 def knn_vote(
     scores: ArrayTuple,
     indices: ArrayTuple,
@@ -41,7 +44,9 @@ def topk_finish(
     stream: int,
     /,
 ) -> None: ...
-def pq_topk_plan(queries: int, codes: int, books: int, words: int, k: int, /) -> tuple[int, int, int]: ...
+def pq_topk_plan(
+    queries: int, codes: int, books: int, words: int, k: int, half_tables: bool, /
+) -> tuple[int, int, int]: ...
 def pq_topk(
     query: ArrayTuple,
     codebook: ArrayTuple,
@@ -50,6 +55,7 @@ def pq_topk(
     k: int,
     metric: int,
     first_index: int,
+    half_tables: bool,
     lists: ArrayTuple | None,
     tables: ArrayTuple | None,
     scores: ArrayTuple,

@@ -216,11 +216,11 @@ PYBIND11_MODULE(_C, m) {
     return std::tuple{p.row_block, p.parts, p.part_cols, p.capacity};
   });
   m.def("pq_topk", [](const ArrayTuple& query, const ArrayTuple& codebook, const ArrayTuple& codes, int64_t words,
-                      int64_t k, int metric, int64_t first_index, int threads, const ArrayTuple& scores,
-                      const ArrayTuple& indices) {
+                      int64_t k, int metric, int64_t first_index, bool half_tables, int threads,
+                      const ArrayTuple& scores, const ArrayTuple& indices) {
     require(metric >= 0 && metric <= static_cast<int>(PqMetric::dot), "metric", "unknown kind");
     const PqTopkProblem p{array(query), array(codebook), array(codes), words, k, static_cast<PqMetric>(metric),
-                          first_index, threads};
+                          first_index, half_tables, threads};
     const py::gil_scoped_release release;
     pq_topk(p, array(scores), array(indices));
   });

@@ -6,7 +6,9 @@
 #include "pq_topk.h"
 
 #include <cmath>
+#include <limits>
 
+#include "../common/half.h"
 #include "candidates.h"
 #include "tiles.h"
 
@@ -65,6 +67,7 @@ template <class T> class PqTopk {
     T* queries;      // column after column
     T* table;        // book after book, word after word
     T* sums;         // code after code of a block
+    T* power;        // of two, that sums of rounded tables are multiplied by
     T* bound;        // sums have to be greater
     int64_t* count;  // of candidates
     Key<T>* candidates;
@@ -78,6 +81,7 @@ template <class T> class PqTopk {
       take(queries, own.books_ * own.width_ * kLanes);
       take(table, own.books_ * own.words_ * kLanes);
       take(sums, own.template block<kLanes>() * kLanes);
+      take(power, kLanes);
       take(bound, kLanes);
       take(count, kLanes);
       take(candidates, own.w_.plan.capacity * kLanes);
@@ -135,6 +139,32 @@ template <class T> class PqTopk {
       for (int64_t i = 0; i < entries * W; ++i) space.table[i] = std::sqrt(space.table[i]);
     if (p_.distances())
       for (int64_t i = 0; i < entries * W; ++i) space.table[i] = -space.table[i];
+    if (p_.half_tables) round_table<W>(entries, space);
+  }
+
+  // To float16, each lane's entries over a power of two of its own.
+  template <int W> void round_table(int64_t entries, const Space& space) const {
+    constexpr int kReach = 15, kLeast = std::numeric_limits<T>::min_exponent - 1;
+    T inverse[W];
+    for (int64_t lane = 0; lane < W; ++lane) {
+      T greatest = 0;
+      for (int64_t e = 0; e < entries; ++e) {
+        const T size = std::abs(space.table[e * W + lane]);
+        if (size > greatest && size <= std::numeric_limits<T>::max()) greatest = size;
+      }
+      int exponent = 0;
+      std::frexp(greatest, &exponent);
+      exponent = std::max(exponent - kReach, kLeast);
+      space.power[lane] = std::ldexp(T(1), exponent);
+      inverse[lane] = std::ldexp(T(1), -exponent);
+    }
+    for (int64_t e = 0; e < entries; ++e)
+      for (int64_t lane = 0; lane < W; ++lane) {
+        T& entry = space.table[e * W + lane];
+        Half half;
+        narrow(float(entry * inverse[lane]), half);
+        entry = T(widen(half));
+      }
   }
 
   template <int W, class Code>
@@ -157,6 +187,10 @@ template <class T> class PqTopk {
     for (int64_t m = book; m < end; ++m, table += words_ * W)
 #pragma GCC unroll 8
       for (int64_t u = 0; u < U; ++u) sum[u] += V::load(table + int64_t(codes[u * stride + m]) * W);
+    if (p_.half_tables && end == books_) {
+      const typename V::type power = V::load(space.power);
+      for (int64_t u = 0; u < U; ++u) sum[u] *= power;
+    }
     for (int64_t u = 0; u < U; ++u) V::store(space.sums + (i + u) * W, sum[u]);
   }
 

@@ -16,6 +16,7 @@ struct PqTopkProblem {
   int64_t k = 1;      // results a query
   PqMetric metric = PqMetric::l2;
   int64_t first_index = 0;  // global number of the first code
+  bool half_tables = false;  // entries are rounded to float16, as fastret/ops/pq_topk.py has it
   int threads = 1;
 
   int64_t books() const { return codes.cols; }

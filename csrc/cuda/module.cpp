@@ -81,9 +81,13 @@ PYBIND11_MODULE(_cuda, m) {
     cuda::sampled_dot_forward(sampled_problem(problem), array(scores), stream);
   });
   m.def("sampled_dot_backward",
-        [](const SampledTuple& problem, const ArrayTuple& grad, const ArrayTuple& dx, uintptr_t stream) {
-          cuda::sampled_dot_backward(sampled_problem(problem), array(grad), array(dx), stream);
+        [](const SampledTuple& problem, const ArrayTuple& grad, const MaybeArray& partial, const ArrayTuple& dx,
+           uintptr_t stream) {
+          cuda::sampled_dot_backward(sampled_problem(problem), array(grad), array(partial), array(dx), stream);
         });
+  m.def("sampled_dot_parts", [](const SampledTuple& problem) {
+    return cuda::sampled_dot_parts(sampled_problem(problem));
+  });
   m.def("knn_vote", [](const ArrayTuple& scores, const ArrayTuple& indices, const ArrayTuple& place, int64_t classes,
                        double scale, const ArrayTuple& winners, const ArrayTuple& shares, uintptr_t stream) {
     cuda::knn_vote({array(scores), array(indices), array(place), classes, scale}, array(winners), array(shares),
@@ -99,15 +103,17 @@ PYBIND11_MODULE(_cuda, m) {
                           const ArrayTuple& scores, const ArrayTuple& indices, uintptr_t stream) {
     cuda::topk_finish(topk_search(search), distances, parts, array(state), array(scores), array(indices), stream);
   });
-  m.def("pq_topk_plan", [](int64_t queries, int64_t codes, int64_t books, int64_t words, int64_t k) {
-    const cuda::PqTopkPlan plan = cuda::pq_topk_plan(queries, codes, books, words, k);
+  m.def("pq_topk_plan", [](int64_t queries, int64_t codes, int64_t books, int64_t words, int64_t k,
+                           bool half_tables) {
+    const cuda::PqTopkPlan plan = cuda::pq_topk_plan(queries, codes, books, words, k, half_tables);
     return std::make_tuple(plan.queries, plan.parts, plan.table_rows);
   });
   m.def("pq_topk", [](const ArrayTuple& query, const ArrayTuple& codebook, const ArrayTuple& codes, int64_t words,
-                      int64_t k, int metric, int64_t first_index, const MaybeArray& lists, const MaybeArray& tables,
-                      const ArrayTuple& scores, const ArrayTuple& indices, uintptr_t stream) {
+                      int64_t k, int metric, int64_t first_index, bool half_tables, const MaybeArray& lists,
+                      const MaybeArray& tables, const ArrayTuple& scores, const ArrayTuple& indices,
+                      uintptr_t stream) {
     cuda::pq_topk({array(query), array(codebook), array(codes), words, k, static_cast<cuda::PqMetric>(metric),
-                   first_index},
+                   first_index, half_tables},
                   array(lists), array(tables), array(scores), array(indices), stream);
   });
 }

@@ -3,11 +3,16 @@
 // multiplies any of them; 256 threads then wait for up to 16 KiB. Columns are known, or drawn, kPiece at a time.
 //
 // Forward: a block has a row of x, which lies in shared memory, and a piece of its columns. Backward: a block has a row
-// of dx and a slab of its features; each group adds every so many-th of the columns, and the groups' sums are added in
-// their order. There is one writer for everything, and no atomic: the same bits in every run.
+// of dx, a slab of its features and a part of its columns, of which there are several only where rows and slabs leave
+// multiprocessors without work; each group adds every so many-th of the columns, the groups' sums are added in their
+// order, and the parts' by a second kernel in theirs. There is one writer for everything, and no atomic: the same bits
+// in every run on the same device.
 #include "sampled_dot.h"
 
+#include <algorithm>
+
 #include "../common/philox.h"
+#include "device.h"
 #include "portable.h"
 
 namespace fastret {
@@ -136,16 +141,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <class B, int N>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward(Global<const float> grad, int64_t grad_stride, Global<const B> bank, int64_t bank_stride, int width,
-             Columns columns, int lanes, OutRows dx) {
+             Columns columns, int64_t part_columns, int lanes, Global<float> partial, OutRows dx) {
   FASTRET_SHARED(uint32_t, column, kPiece);
   FASTRET_SHARED(float, weight, kPiece);
-  FASTRET_SHARED(float, partial, kThreads * N);
+  FASTRET_SHARED(float, of_group, kThreads * N);
   const Group g(lanes);
   const int64_t i = blockIdx.x;
   const int slab = g.lanes * N, slab_begin = blockIdx.y * slab, feature = slab_begin + g.lane * N;
+  const int64_t part_begin = blockIdx.z * part_columns, part_end = min(columns.count, part_begin + part_columns);
   float sum[N] = {};
-  for (int64_t begin = 0; begin < columns.count; begin += kPiece) {
-    const int64_t end = min(columns.count, begin + int64_t(kPiece));
+  for (int64_t begin = part_begin; begin < part_end; begin += kPiece) {
+    const int64_t end = min(part_end, begin + int64_t(kPiece));
     const int known = int(end - begin);
     __syncthreads();  // the last piece has been read
     find_columns(columns, i, begin, end, column);
@@ -170,13 +176,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
 #pragma unroll
-  for (int e = 0; e < N; ++e) partial[g.number * slab + g.lane * N + e] = sum[e];
+  for (int e = 0; e < N; ++e) of_group[g.number * slab + g.lane * N + e] = sum[e];
   __syncthreads();
   for (int f = threadIdx.x; f < slab && slab_begin + f < width; f += kThreads) {
     float total = 0;
-    for (int group = 0; group < g.groups; ++group) total += partial[group * slab + f];
-    write(dx, i, slab_begin + f, total);
+    for (int group = 0; group < g.groups; ++group) total += of_group[group * slab + f];
+    if (partial) partial[(int64_t(blockIdx.z) * gridDim.x + i) * width + slab_begin + f] = total;
+    else write(dx, i, slab_begin + f, total);
   }
+}
+
+// What parts, (parts, rows, width), add up to in their order.
+__global__ void __launch_bounds__(kThreads)
+    add_parts(Global<const float> partial, int64_t parts, int64_t rows, int64_t width, OutRows dx) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= rows * width) return;
+  float total = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const float of_part = partial[part * rows * width + at];
+    total += of_part;
+  }
+  write(dx, at / width, at % width, total);
 }
 
 bool is_row_type(DType t) { return t == DType::f32 || t == DType::bf16 || t == DType::f16; }
@@ -240,7 +260,32 @@ int lanes_for(int64_t width, int vector) {
   return lanes;
 }
 
+// How backward is cut on the device that is current.
+struct Cut {
+  int64_t slabs, parts, part_columns;
+};
+
+Cut cut(const SampledDotProblem& p, int64_t slab) {
+  Cut c{(p.x.cols + slab - 1) / slab, 1, p.columns()};
+  const int64_t pieces = (p.columns() + kPiece - 1) / kPiece, room = int64_t(kBlocks) * device_limits().multiprocessors;
+  const int64_t wanted = std::min(pieces, room / std::max<int64_t>(p.x.rows * c.slabs, 1));
+  if (wanted < 2) return c;
+  c.part_columns = (pieces + wanted - 1) / wanted * kPiece;
+  c.parts = (p.columns() + c.part_columns - 1) / c.part_columns;  // none of them empty
+  return c;
+}
+
 }  // namespace
+
+int64_t sampled_dot_parts(const SampledDotProblem& p) {
+  check_problem(p);
+  int64_t parts = 1;
+  with_bank(p.bank, [&](const auto&, auto vector) {
+    constexpr int kVector = decltype(vector)::value;
+    parts = cut(p, lanes_for(p.x.cols, kVector) * kVector).parts;
+  });
+  return parts;
+}
 
 void sampled_dot_forward(const SampledDotProblem& p, const Array& scores, uintptr_t stream) {
   check_problem(p);
@@ -259,7 +304,8 @@ void sampled_dot_forward(const SampledDotProblem& p, const Array& scores, uintpt
   });
 }
 
-void sampled_dot_backward(const SampledDotProblem& p, const Array& grad, const Array& dx, uintptr_t stream) {
+void sampled_dot_backward(const SampledDotProblem& p, const Array& grad, const Array& partial, const Array& dx,
+                          uintptr_t stream) {
   check_problem(p);
   check(grad, "grad", p.x.rows, p.columns(), DType::f32);
   check(dx, "dx", p.x.rows, p.x.cols, p.x.dtype);
@@ -269,11 +315,22 @@ void sampled_dot_backward(const SampledDotProblem& p, const Array& grad, const A
     using B = BankType<decltype(bank)>;
     constexpr int kVector = decltype(vector)::value;
     const int lanes = lanes_for(p.x.cols, kVector);
-    const int64_t slab = lanes * kVector;
-    const Shape shape{"sampled_dot_backward", dim3(unsigned(p.x.rows), unsigned((p.x.cols + slab - 1) / slab)),
-                      dim3(kThreads), 0, stream};
+    const Cut c = cut(p, lanes * kVector);
+    const OutRows out = any_rows<OutRows>(dx, "dx");
+    Global<float> sums;
+    if (c.parts > 1) {
+      check(partial, "partial", c.parts * p.x.rows, p.x.cols, DType::f32);
+      require(partial.stride == partial.cols, "partial", "expected no gaps");
+      sums = global<float>(partial, "partial");
+    }
+    const Shape shape{"sampled_dot_backward",
+                      dim3(unsigned(p.x.rows), unsigned(c.slabs), unsigned(c.parts)), dim3(kThreads), 0, stream};
     launch(shape, backward<B, kVector>, global<const float>(grad, "grad"), grad.stride, bank, p.bank.stride,
-           int(p.x.cols), columns_of(p), lanes, any_rows<OutRows>(dx, "dx"));
+           int(p.x.cols), columns_of(p), c.part_columns, lanes, sums, out);
+    if (c.parts == 1) return;
+    const int64_t blocks = (p.x.rows * p.x.cols + kThreads - 1) / kThreads;
+    const Shape adding{"sampled_dot_add_parts", dim3(unsigned(blocks)), dim3(kThreads), 0, stream};
+    launch(adding, add_parts, global<const float>(partial, "partial"), c.parts, p.x.rows, p.x.cols, out);
   });
 }
 

@@ -21,8 +21,12 @@ struct SampledDotProblem {
 // out: scores (N, columns) float32.
 void sampled_dot_forward(const SampledDotProblem&, const Array& scores, uintptr_t stream);
 
-// in: grad (N, columns) float32. out: dx (N, D) in the type of x.
-void sampled_dot_backward(const SampledDotProblem&, const Array& grad, const Array& dx, uintptr_t stream);
+// Into how many parts backward cuts the columns, on the device that is current: one where rows keep it busy.
+int64_t sampled_dot_parts(const SampledDotProblem&);
+
+// in: grad (N, columns) float32. out: dx (N, D) in the type of x. partial: float32 (parts N, D) where there are several.
+void sampled_dot_backward(const SampledDotProblem&, const Array& grad, const Array& partial, const Array& dx,
+                          uintptr_t stream);
 
 }  // namespace cuda
 }  // namespace fastret

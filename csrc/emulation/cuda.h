@@ -2,8 +2,9 @@
 // csrc/cuda/portable.h includes it where nvcc does not compile; how to add a kernel stands there.
 //
 // One rule is stricter than CUDA's: threads that have ended do not count as having come to a barrier. Atomics order
-// nothing. Not here: __launch_bounds__ (more threads than those are an error on a GPU alone), textures, asynchronous
-// copies, clusters, tensor cores, __activemask, fences.
+// nothing. __launch_bounds__ stands where g++ can keep no number: tests/cuda/emulation.py puts check_bounds into the
+// kernel it belongs to. Not here, so that a kernel which uses them does not compile: textures, asynchronous copies,
+// clusters, tensor cores, __activemask, fences. Nothing that blocks of one launch tell each other is ordered.
 #pragma once
 #include <cmath>
 

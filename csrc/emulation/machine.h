@@ -54,6 +54,9 @@ class Machine {
     };
     if (count_ < 1 || count_ > kMostThreads) refuse("a block of " + std::to_string(count_) + " threads");
     if (launch.grid.x < 1 || launch.grid.y < 1 || launch.grid.z < 1) refuse("an empty grid");
+    if (launch.shared_bytes > kMostDynamic)
+      refuse(std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory, of at most " +
+             std::to_string(kMostDynamic));
     if (launch.grid.x > 0x7fffffff || launch.grid.y > 65535 || launch.grid.z > 65535) refuse("too large a grid");
     random_.seed(order_);
     global_.clear();
@@ -73,6 +76,13 @@ class Machine {
     return dim3(current_ % b.x, current_ / b.x % b.y, current_ / (b.x * b.y));
   }
   int lane() const { return current_ % kWarp; }
+
+  // What __launch_bounds__ promises the compiler, which a GPU refuses to launch without.
+  void check_bounds(int threads) const {
+    if (count_ > threads)
+      fail("a block of " + std::to_string(count_) + " threads, of at most " + std::to_string(threads) +
+           " by __launch_bounds__");
+  }
 
   // ---- what a thread does
 
@@ -111,11 +121,12 @@ class Machine {
            std::to_string(race.other.block) + " " + race.did + ", without a barrier between them");
   }
 
-  // The block's memory for a __shared__ array, one for each key; filled with NaN, or -1.
-  void* shared(const void* key, size_t bytes, const char* name) {
+  // The block's memory for a __shared__ array, one for each key; filled with NaN, or -1. What the launch asked for is
+  // counted from the beginning.
+  void* shared(const void* key, size_t bytes, const char* name, bool asked = false) {
     for (const SharedArray& a : shared_arrays_)
       if (a.key == key) return a.bytes.get();
-    shared_used_ += bytes;
+    shared_used_ += asked ? 0 : bytes;
     const size_t most = launch_.shared_bytes > kMostShared ? kMostDynamic : kMostShared;
     if (shared_used_ > most)
       fail(std::string("shared ") + name + ": the block has " + std::to_string(shared_used_) + " bytes, of at most " +
@@ -181,7 +192,7 @@ class Machine {
     warp_epoch_.assign((count_ + kWarp - 1) / kWarp, 0);
     shared_.clear();
     shared_arrays_.clear();
-    shared_used_ = 0;
+    shared_used_ = launch_.shared_bytes;
     error_ = nullptr;
     while (int(threads_.size()) < count_) threads_.emplace_back();
     for (int t = 0; t < count_; ++t) {

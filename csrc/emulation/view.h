@@ -84,15 +84,15 @@ template <class T> class View {
   bool shared_ = false;
 };
 
-// A __shared__ array of the running block. Key: one address a declaration.
-template <class T> View<T> shared_array(const void* key, int64_t count, const char* name) {
-  return {static_cast<T*>(machine().shared(key, size_t(count) * sizeof(T), name)), count, name, true};
+// A __shared__ array of the running block. Key: one address a declaration. Asked: it is the launch's.
+template <class T> View<T> shared_array(const void* key, int64_t count, const char* name, bool asked = false) {
+  return {static_cast<T*>(machine().shared(key, size_t(count) * sizeof(T), name, asked)), count, name, true};
 }
 
 // The dynamic shared memory that the launch asked for.
 template <class T> View<T> dynamic_shared(const char* name) {
   static const char key = 0;
-  return shared_array<T>(&key, int64_t(machine().launch().shared_bytes / sizeof(T)), name);
+  return shared_array<T>(&key, int64_t(machine().launch().shared_bytes / sizeof(T)), name, true);
 }
 
 }  // namespace emulation

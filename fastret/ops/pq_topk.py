@@ -16,6 +16,14 @@ Of equal scores the lower index comes first, and is kept. A query with fewer tha
 score (+inf, dot: -inf) and index -1. A code whose score is NaN, or the worst, is no candidate. Pieces of the codes
 merge into what one call returns, bit for bit. Results carry no gradient.
 
+Tables of float16 (``table_dtype``; FAISS: useFloat16LookupTables) are half as large, which on CUDA bounds the scan: 16
+queries share a multiprocessor's tables instead of 12, and a lookup moves half the bytes. The entries t of a query's
+table are rounded to the nearest float16 of t 2^-e, with e such that the greatest finite |t| 2^-e of all books and words
+lies in [2^14, 2^15), and e >= -126 (float64: -1022). They are added in the dtype of the scores, book after book, and a
+sum is multiplied by 2^e before it is compared. So nothing overflows, multiplying a query's distances by a power of two
+changes no rank, a part of a score is wrong by at most 2^-11 of itself or, where it is below 2^-28 of the greatest,
+2^-39 of that one; what is not finite stays what it is.
+
 Cost: Q K D multiplications for tables, Q N M lookups; in C++ one lookup serves as many queries as a vector has lanes.
 Memory: O(Q k) results and, a thread, the tables and candidates of one vector of queries, O(M K + k) a lane.
 
@@ -24,10 +32,10 @@ dtype cannot hold another (uint8 and K = 256). The C++ scan relies on that.
 
 The interface of an implementation, ``fastret.backends.*.pq_topk``:
 
-    forward(query, codebook, codes, k, *, metric, first_index) -> tuple[Tensor, Tensor]
+    forward(query, codebook, codes, k, *, metric, first_index, table_dtype) -> tuple[Tensor, Tensor]
 
 with query (Q, M L) and codebook (M, K, L) both float32 or both float64; codes (N, M) of an integer dtype, in range;
-k >= 1; scores (Q, k) of the query's dtype; indices (Q, k) int64.
+k >= 1; table_dtype one of ``TABLES``; scores (Q, k) of the query's dtype; indices (Q, k) int64.
 """
 
 from typing import Any
@@ -43,6 +51,7 @@ from fastret.ops.library import define, loop_under_vmap
 from fastret.ops.topk import LONG
 
 METRICS = ("l2", "l21", "dot")
+TABLES = (torch.float32, torch.float16)
 
 
 def pq_topk(
@@ -53,6 +62,7 @@ def pq_topk(
     k: int,
     metric: str = "l2",
     first_index: int = 0,
+    table_dtype: torch.dtype = torch.float32,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best codes of every query; formulas, ties and what is no candidate stand at the top of this file.
@@ -65,6 +75,8 @@ def pq_topk(
         k: number of results a query, at least 1; more than there are codes is allowed.
         metric: "l2", "l21" or "dot".
         first_index: the codes are a piece of more, and the first has this index there.
+        table_dtype: torch.float32, entries as they are (float64 where the scores are); torch.float16, rounded, as the
+            top of this file says.
         impl: "reference", "tiled", "cpu" or "cuda" (float32, k up to 2,048); None: ``fastret.backend``, FASTRET_IMPL,
             else the fastest.
 
@@ -89,14 +101,15 @@ def pq_topk(
         raise TypeError("k: expected an integer, got NoneType")
     checks.check_count(k, "k")
     check_metric(metric)
+    check_table_dtype(table_dtype)
     checks.check_integer(first_index, "first_index", 0)
     wide = torch.promote_types(accumulation_dtype(query.dtype), accumulation_dtype(codebook.dtype))
     chosen = registry.resolve("pq_topk", query.device, wide, impl, ("long",) if k > LONG else ())
     rows, words = query.detach().to(wide), codebook.detach().to(wide)
     if chosen == "reference":
         check_code_values(codes, codebook)
-        return reference.forward(rows, words, codes, k, metric=metric, first_index=first_index)
-    scores, indices = _operator(rows, words, codes, k, metric, first_index, chosen)
+        return reference.forward(rows, words, codes, k, metric=metric, first_index=first_index, table_dtype=table_dtype)
+    scores, indices = _operator(rows, words, codes, k, metric, first_index, table_dtype, chosen)
     return scores, indices
 
 
@@ -104,6 +117,12 @@ def check_metric(metric: str) -> None:
     """One of ``METRICS``."""
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+
+
+def check_table_dtype(table_dtype: torch.dtype) -> None:
+    """One of ``TABLES``."""
+    if table_dtype not in TABLES:
+        raise TypeError(f"table_dtype: expected {' or '.join(map(str, TABLES))}, got {table_dtype!r}")
 
 
 def check_code_values(codes: Tensor, codebook: Tensor) -> None:
@@ -125,11 +144,19 @@ def _greatest(codes: Tensor) -> Tensor:
 
 
 def _forward(
-    query: Tensor, codebook: Tensor, codes: Tensor, k: int, metric: str, first_index: int, impl: str
+    query: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    k: int,
+    metric: str,
+    first_index: int,
+    table_dtype: torch.dtype,
+    impl: str,
 ) -> list[Tensor]:
     check_code_values(codes, codebook)
     module = registry.IMPLEMENTATIONS[impl].module("pq_topk")
-    return list(module.forward(query, codebook, codes, k, metric=metric, first_index=first_index))
+    options = {"metric": metric, "first_index": first_index, "table_dtype": table_dtype}
+    return list(module.forward(query, codebook, codes, k, **options))
 
 
 def _forward_fake(query: Tensor, codebook: Tensor, codes: Tensor, k: int, *_: Any) -> list[Tensor]:
@@ -137,8 +164,8 @@ def _forward_fake(query: Tensor, codebook: Tensor, codes: Tensor, k: int, *_: An
 
 
 define(
-    "pq_topk(Tensor query, Tensor codebook, Tensor codes, SymInt k, str metric, SymInt first_index, str impl) "
-    "-> Tensor[]",
+    "pq_topk(Tensor query, Tensor codebook, Tensor codes, SymInt k, str metric, SymInt first_index, "
+    "ScalarType table_dtype, str impl) -> Tensor[]",
     _forward,
     _forward_fake,
 )

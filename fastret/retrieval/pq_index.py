@@ -138,6 +138,7 @@ class PQIndex:
         *,
         symmetric: bool = False,
         metric: str | None = None,
+        table_dtype: torch.dtype = torch.float32,
         progress: bool = True,
         impl: str | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -151,6 +152,8 @@ class PQIndex:
             k: results a query, at least 1; may be more than there are.
             symmetric: queries are quantized as well: distances between words.
             metric: "l2" or "l21", the least first; "dot", the greatest first; None: the index's.
+            table_dtype: as in ``fastret.ops.pq_topk``: with torch.float16, distances are rounded, and the scan on CUDA
+                moves half the bytes.
             progress: a bar where it takes more than a few seconds.
             impl: as in ``fastret.ops.pq_topk``.
 
@@ -170,7 +173,9 @@ class PQIndex:
             if symmetric:
                 words = self._decoded(self._encoded(rows, "query"))
                 rows = words.to(torch.promote_types(words.dtype, rows.dtype))
-            found.append(ops.pq_topk(rows, self._codebook, codes, k=k, metric=metric, impl=impl))
+            found.append(
+                ops.pq_topk(rows, self._codebook, codes, k=k, metric=metric, table_dtype=table_dtype, impl=impl)
+            )
         return found[0] if len(found) == 1 else (torch.cat([s for s, _ in found]), torch.cat([i for _, i in found]))
 
     def save(self, path: str | Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fastret.backends import workspace
 from fastret.backends.triton import plans
 
 sys.path.append(str(Path(__file__).resolve().parent))  # for masked_lse_cases, however pytest was started
@@ -20,18 +21,11 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 def weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stored weights, in the smallest blocks there are, as those of strips."""
     monkeypatch.setattr(plans, "_chosen", "weights")
-    monkeypatch.setattr(plans, "_workspace", "1KiB")
+    monkeypatch.setattr(workspace, "_workspace", "1KiB")
 
 
 @pytest.fixture
 def strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips, in the smallest blocks there are: of 16 rows and columns in the interpreter, of 128 on a GPU."""
     monkeypatch.setattr(plans, "_chosen", "strip")
-    monkeypatch.setattr(plans, "_workspace", "1KiB")
-
-
-@pytest.fixture
-def weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pair weights, in the smallest blocks there are."""
-    monkeypatch.setattr(plans, "_chosen", "weights")
-    monkeypatch.setattr(plans, "_workspace", "1KiB")
+    monkeypatch.setattr(workspace, "_workspace", "1KiB")

@@ -154,7 +154,9 @@ def test_nothing_is_touched_through_a_wrong_description(what: str, position: int
     a = {name: array(t) for name, t in tensors.items()}
 
     def run(a: dict[str, ArrayTuple], words: int = 12, k: int = 3, metric: int = 0, threads: int = 1) -> None:
-        _C.pq_topk(a["query"], a["codebook"], a["codes"], words, k, metric, 0, threads, a["scores"], a["indices"])
+        _C.pq_topk(
+            a["query"], a["codebook"], a["codes"], words, k, metric, 0, False, threads, a["scores"], a["indices"]
+        )
 
     run(a)
     with pytest.raises(ValueError, match=message):

@@ -31,11 +31,10 @@ from masked_lse_cases import (
 )
 from torch import Tensor
 
-from fastret.backends import phi
+from fastret.backends import phi, workspace
 from fastret.backends.pairs import Gradients, Need
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import masked_lse as backend
-from fastret.backends.triton import plans
 from fastret.kernels.triton import config
 from fastret.kernels.triton import masked_lse as kernels
 from fastret.ops import Head, Indexed, Masked, PairMask, Shifted, masked_lse, masked_lse_sum
@@ -120,7 +119,7 @@ def test_several_blocks_and_one(
     """And rows as they are: of 1,100 features, and of prefixes."""
     request.getfixturevalue(plan)
     if gallery:
-        monkeypatch.setattr(plans, "_workspace", "1GiB")
+        monkeypatch.setattr(workspace, "_workspace", "1GiB")
     m = M if gallery else N
     x, y = rows(N, 1100), rows(m, 1100, seed=6) if gallery else None
     head = Head(8.0 / 1100, PairMask(offset=1), Indexed(labels(N, m)), column_bias=uniform(m))

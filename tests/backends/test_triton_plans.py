@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastret.backends import workspace
 from fastret.backends.triton import plans, products
 from fastret.kernels.triton import config, masked_lse, rank_sums, row_extrema
 from fastret.ops import Head, PairMask
@@ -22,7 +23,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever the environment says."""
     monkeypatch.setattr(plans, "_chosen", "auto")
-    monkeypatch.setattr(plans, "_workspace", "128MiB")
+    monkeypatch.setattr(workspace, "_workspace", "128MiB")
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
@@ -110,13 +111,13 @@ def test_square_grid(n: int, m: int, pairs: int, step: int, expected: tuple[int,
     ("text", "expected"), [("4096", 4096), ("1KiB", 1024), ("128MiB", 2**27), ("128 MiB", 2**27), ("2GiB", 2**31)]
 )
 def test_workspace(monkeypatch: pytest.MonkeyPatch, text: str, expected: int) -> None:
-    monkeypatch.setattr(plans, "_workspace", text)
+    monkeypatch.setattr(workspace, "_workspace", text)
     assert plans.workspace() == expected
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "128MB", "1.5GiB", "much", "0KiB"])
 def test_bad_workspace(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(plans, "_workspace", text)
+    monkeypatch.setattr(workspace, "_workspace", text)
     with pytest.raises(ValueError, match=f"FASTRET_WORKSPACE: expected a positive number.*got {text!r}"):
         plans.workspace()
 
@@ -136,7 +137,7 @@ def test_blocks_cover_the_pair_matrix_within_the_workspace(
 ) -> None:
     step = config.granularity(DEVICE)
     bound = step * step * 50
-    monkeypatch.setattr(plans, "_workspace", str(bound))
+    monkeypatch.setattr(workspace, "_workspace", str(bound))
     n, m = 3 * step + 5, 3 * step + 7
     u, v = (torch.randn(k, 40, device=DEVICE).to(dtype) for k in (n, m))
     strips = plans.Strips(u, v, whole_rows)

@@ -4,6 +4,7 @@ with AddressSanitizer and UndefinedBehaviorSanitizer."""
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -34,7 +35,10 @@ def build() -> Path:
     lines += ["rule link", f"  command = {CXX} -shared $flags $in -o $out"]
 
     def compile_to(name: str, source: Path, flags: list[str]) -> str:
-        lines.extend((f"build {name}: cxx {_escape(source)}", f"  flags = {' '.join(flags)}"))
+        near = f"-iquote {_escape(source.parent)}"
+        lines.extend(
+            (f"build {name}: cxx {_escape(_checked(source, folder))}", f"  flags = {' '.join([near, *flags])}")
+        )
         return name
 
     # What binds the kernels to Python takes longest to compile and computes nothing: one object serves both.
@@ -50,6 +54,45 @@ def build() -> Path:
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
     subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(folder)], check=True)
     return folder
+
+
+def with_bounds(source: str) -> str:
+    """Kernels with __launch_bounds__ check them as they begin: g++ has no place for a number there. No line moves."""
+    parts, done = [], 0
+    for found in re.finditer(r"__launch_bounds__\(", source):
+        close = _closing(source, found.end())
+        parameters = source.index("(", close)
+        opens = re.compile(r"\s*\{").match(source, _closing(source, parameters + 1) + 1)
+        if opens is None:
+            continue  # declared only
+        depth, threads = 0, source[found.end() : close]
+        for at, character in enumerate(threads):
+            depth += (character in "(<") - (character in ")>")
+            if character == "," and depth == 0:
+                threads = threads[:at]
+                break
+        parts += [source[done : opens.end()], f" ::fastret::emulation::machine().check_bounds({threads});"]
+        done = opens.end()
+    return "".join([*parts, source[done:]])
+
+
+def _closing(source: str, begin: int) -> int:
+    """Where the parenthesis closes after which ``begin`` is."""
+    depth = 1
+    for at in range(begin, len(source)):
+        depth += (source[at] == "(") - (source[at] == ")")
+        if depth == 0:
+            return at
+    raise ValueError("a parenthesis is not closed")
+
+
+def _checked(source: Path, folder: Path) -> Path:
+    """The source with checks of bounds, which g++ takes for the original; written where it changes only."""
+    checked = folder / f"checked_{source.name}"
+    text = f'#line 1 "{source}"\n{with_bounds(source.read_text())}'
+    if not checked.exists() or checked.read_text() != text:
+        checked.write_text(text)
+    return checked
 
 
 def variant() -> str:

@@ -110,10 +110,33 @@ template <bool Broken> __global__ void failed_check(Global<const float> x, Globa
   if (threadIdx.x == 0) out[blockIdx.x] = x[blockIdx.x * n];
 }
 
+// Beside what the launch asks for, one float a thread.
 template <bool Broken> __global__ void too_much_shared(Global<const float> x, Global<float> out, int64_t n) {
-  FASTRET_SHARED(float, row, Broken ? 12289 : 12288);
+  FASTRET_SHARED(float, row, 12288 - kThreads + (Broken ? 1 : 0));
   row[threadIdx.x] = x[blockIdx.x * n];
   if (threadIdx.x == 0) out[blockIdx.x] = row[0];
+}
+
+template <bool Broken>
+__global__ void __launch_bounds__(Broken ? kThreads - 1 : kThreads, 1)
+    too_many_threads(Global<const float> x, Global<float> out, int64_t n) {
+  if (threadIdx.x == 0) out[blockIdx.x] = x[blockIdx.x * n];
+}
+
+// Of dynamic shared memory, where the launch asks for one float a thread.
+template <bool Broken> __global__ void beyond_what_was_asked(Global<const float> x, Global<float> out, int64_t n) {
+  FASTRET_DYNAMIC_SHARED(float, row);
+  row[threadIdx.x + (Broken ? 1 : 0)] = x[blockIdx.x * n];
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = row[kThreads - 1];
+}
+
+template <bool Broken> __global__ void part_of_what_was_asked(Global<const float> x, Global<float> out, int64_t n) {
+  FASTRET_DYNAMIC_SHARED(float, row);
+  const Shared<float> last = shared_part<float>(row, (kThreads - 1) * sizeof(float), Broken ? 2 : 1, "last");
+  if (threadIdx.x == 0) last[0] = x[blockIdx.x * n];
+  __syncthreads();
+  if (threadIdx.x == 0) out[blockIdx.x] = last[0];
 }
 
 // Mistakes beside the views, which only sanitizers see.
@@ -194,7 +217,8 @@ const std::map<std::string, std::pair<Kernel, Kernel>> kernels{
     PLANTED(divergent_barrier), PLANTED(two_barriers),               PLANTED(divergent_shuffle),
     PLANTED(narrow_mask),     PLANTED(uninitialised),                PLANTED(misaligned),
     PLANTED(one_place_for_all_blocks), PLANTED(failed_check),        PLANTED(too_much_shared),
-    PLANTED(beyond_a_local_array), PLANTED(shift_too_far)};
+    PLANTED(too_many_threads), PLANTED(beyond_what_was_asked),       PLANTED(part_of_what_was_asked),
+    PLANTED(beyond_a_local_array),      PLANTED(shift_too_far)};
 
 // What the emulation says of a run; null: nothing.
 template <class Run> const char* complaint(Run run) {
@@ -217,8 +241,16 @@ EXPORT const char* run_planted(const char* name, int broken, uint64_t order, flo
   const auto& [right, wrong] = kernels.at(name);
   emulation::machine().set_order(order);
   return complaint([&, right = right, wrong = wrong] {
-    launch({name, dim3(unsigned(blocks)), dim3(kThreads), 0, 0}, broken ? wrong : right,
+    launch({name, dim3(unsigned(blocks)), dim3(kThreads), kThreads * sizeof(float), 0}, broken ? wrong : right,
            Global<const float>(x, blocks * n, "x"), Global<float>(out, blocks, "out"), n);
+  });
+}
+
+// A launch that asks for so many bytes of shared memory, of a kernel that needs none.
+EXPORT const char* run_asking(int64_t bytes, float* x, float* out) {
+  return complaint([&] {
+    launch({"too_many_threads", dim3(1), dim3(kThreads), size_t(bytes), 0}, too_many_threads<false>,
+           Global<const float>(x, 1, "x"), Global<float>(out, 1, "out"), int64_t(1));
   });
 }
 
@@ -251,4 +283,5 @@ EXPORT const char* run_extremes(float* in, float* out) {
 INSTANCE(missing_barrier);
 INSTANCE(missing_warp_barrier);
 INSTANCE(misaligned);
+INSTANCE(too_many_threads);
 #endif

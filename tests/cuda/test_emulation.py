@@ -2,6 +2,8 @@
 
 import ctypes
 import re
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -31,6 +33,9 @@ MISTAKES = {
     "one_place_for_all_blocks": r"writes element 0 of out, which thread 0 of block \d wrote, without a barrier",
     "failed_check": r"thread \(40, 0, 0\): device_check in line \d+",
     "too_much_shared": r"shared row: the block has 49156 bytes, of at most 49152",
+    "too_many_threads": r"a block of 96 threads, of at most 95 by __launch_bounds__",
+    "beyond_what_was_asked": r"thread \(95, 0, 0\): writes element 96 of shared row, which has 96",
+    "part_of_what_was_asked": r"last: bytes 380 to 388 of row, which has 384",
 }
 
 
@@ -70,6 +75,33 @@ def test_without_the_mistake_nothing_is_found(planted: ctypes.CDLL, name: str, o
         expected = {"missing_warp_barrier": x[:, 1], "out_of_bounds": x[:, -1], "misaligned": x[[0, 0, 0], 3] + N}
         doubled = name in ("divergent_shuffle", "narrow_mask")
         assert out.tolist() == expected.get(name, x[:, 0] * (2 if doubled else 1)).tolist()
+
+
+def test_more_dynamic_shared_memory_than_there_is(planted: ctypes.CDLL) -> None:
+    x, out = torch.ones(1).numpy(), torch.zeros(1).numpy()
+    planted.run_asking.restype = ctypes.c_char_p
+    assert planted.run_asking(ctypes.c_int64(227 << 10), pointer(x), pointer(out)) is None
+    said = planted.run_asking(ctypes.c_int64((227 << 10) + 1), pointer(x), pointer(out))
+    assert said == b"kernel too_many_threads: 232449 bytes of dynamic shared memory, of at most 232448"
+
+
+BOUNDED = """
+template <int N> __global__ void
+    __launch_bounds__(size<N, 2>(3), 1) kernel(View<int, 4> x, int y = f(1)) {
+  body();
+}
+__global__ void __launch_bounds__(64) declared(int x);
+__global__ void __launch_bounds__(64) defined(int x) { body(); }
+"""
+
+
+def test_bounds_are_checked_within_their_kernels(built: tuple[ModuleType, Path]) -> None:
+    found = built[0].with_bounds(BOUNDED).splitlines()
+    check = "::fastret::emulation::machine().check_bounds({});"
+    assert found[2].endswith("int y = f(1)) { " + check.format("size<N, 2>(3)"))
+    assert found[5] == "__global__ void __launch_bounds__(64) declared(int x);"
+    assert found[6].endswith("defined(int x) { " + check.format("64") + " body(); }")
+    assert len(found) == len(BOUNDED.splitlines())
 
 
 def tickets(planted: ctypes.CDLL, order: int) -> list[list[int]]:

@@ -36,30 +36,52 @@ def compare(query: Tensor, codebook: Tensor, codes: Tensor, **options: object) -
     assert torch.equal(indices, truth)
 
 
-PLANS = [  # queries, books, words, codes, k; queries of a block, parts, tables in global memory
-    ((1, 1, 16, 70, 1), (1, 1, 0)),
-    ((1, 16, 16, 2500, 3), (1, 2, 0)),
-    ((2, 8, 16, 4200, 20), (4, 4, 0)),
-    ((3, 17, 1000, 40, 60), (1, 1, 0)),
-    ((7, 4, 256, 300, 9), (4, 1, 0)),
-    ((9, 3, 300, 530, 70), (12, 1, 0)),
-    ((14, 8, 16, 600, 5), (12, 1, 0)),
-    ((2, 1, 60000, 90, 4), (1, 1, 2)),
+PLANS = [  # queries, books, words, codes, k; queries of a block, parts, tables in global memory; the same of float16
+    ((1, 1, 16, 70, 1), (1, 1, 0), (1, 1, 0)),
+    ((1, 16, 16, 2500, 3), (1, 2, 0), (1, 2, 0)),
+    ((2, 8, 16, 4200, 20), (4, 4, 0), (8, 4, 0)),
+    ((3, 17, 1000, 40, 60), (1, 1, 0), (1, 1, 0)),
+    ((7, 4, 256, 300, 9), (4, 1, 0), (8, 1, 0)),
+    ((9, 3, 300, 530, 70), (12, 1, 0), (16, 1, 0)),
+    ((17, 8, 16, 600, 5), (12, 1, 0), (16, 1, 0)),
+    ((2, 2, 60000, 90, 4), (1, 1, 2), (1, 1, 2)),
 ]
 
 
-@pytest.mark.parametrize(("size", "plan"), PLANS, ids=lambda v: "-".join(map(str, v)))
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("size", "plan", "plan_of_half"), PLANS, ids=lambda v: "-".join(map(str, v)))
 def test_small_integers_are_ranked_as_in_the_definition(
-    emulation: ModuleType, size: tuple[int, ...], plan: tuple[int, int, int]
+    emulation: ModuleType, size: tuple[int, ...], plan: tuple[int, ...], plan_of_half: tuple[int, ...], half: bool
 ) -> None:
     """Exact scores: order and ties are the definition's, whoever owns which queries and codes."""
     queries, books, words, count, k = size
-    assert emulation.pq_topk_plan(queries, count, books, words, k) == plan
+    assert emulation.pq_topk_plan(queries, count, books, words, k, half) == (plan_of_half if half else plan)
     given = integers(queries, books, words, count)
+    options = {"k": k, "first_index": 2**40, "table_dtype": torch.float16 if half else torch.float32}
     for metric in ("l2", "dot"):
-        found = pq_topk(*given, k=k, metric=metric, first_index=2**40, impl="cuda")
-        expected = pq_topk(*given, k=k, metric=metric, first_index=2**40, impl="reference")
+        found = pq_topk(*given, **options, metric=metric, impl="cuda")  # type: ignore[arg-type]
+        expected = pq_topk(*given, **options, metric=metric, impl="reference")  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["l2", "l21", "dot"])
+@pytest.mark.parametrize(("queries", "books", "words"), [(1, 16, 30), (6, 8, 300), (17, 16, 20), (2, 5, 9)])
+@pytest.mark.usefixtures("emulation")
+def test_tables_of_float16_are_those_of_the_definition(queries: int, books: int, words: int, metric: str) -> None:
+    """Rounded entries of eighths, and the bits of their sums in C++; scaled queries, whose scores scale alike."""
+    query, codebook, codes = random(queries, books, words, 2, 90)
+    query, codebook = (query * 4096).round() / 512, (codebook * 4096).round() / 512
+    for size in (1.0, 2.0**50, 2.0**-60):
+        given = query * size, codebook * size, codes
+        options = {"k": 90, "metric": metric, "table_dtype": torch.float16}
+        found = pq_topk(*given, **options, impl="cuda")  # type: ignore[arg-type]
+        expected = pq_topk(*given, **options, impl="cpu")  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert not torch.equal(found[0], pq_topk(*given, k=90, metric=metric, impl="cuda")[0])
+    query = query[: queries - 1] if queries > 2 else query
+    zero = pq_topk(query * 0, codebook * 0, codes, k=3, metric=metric, table_dtype=torch.float16, impl="cuda")
+    assert zero[1].tolist() == [[0, 1, 2]] * len(query)
+    assert not zero[0].any()
 
 
 @pytest.mark.parametrize("metric", ["l2", "l21", "dot"])
@@ -147,17 +169,18 @@ def test_nothing() -> None:
         assert (indices == -1).all()
 
 
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("queries", [1, 10])
 @pytest.mark.parametrize("metric", ["l2", "l21", "dot"])
 @pytest.mark.usefixtures("emulation")
-def test_nan_scores_are_no_candidates_and_spoil_no_other(queries: int, metric: str) -> None:
+def test_nan_scores_are_no_candidates_and_spoil_no_other(queries: int, metric: str, table_dtype: torch.dtype) -> None:
     """Of a word, whose codes stand among those of others in a lane's stream; of a query."""
     query, codebook, codes = random(queries, 8, 8, 2, 400)
     codebook[1, 5, 0] = math.nan
     codebook[2, 4, 0] = math.inf
     if queries > 3:
         query[3, 5] = math.nan
-    options = {"k": 400, "metric": metric}
+    options = {"k": 400, "metric": metric, "table_dtype": table_dtype}
     found = pq_topk(query, codebook, codes, **options, impl="cuda")  # type: ignore[arg-type]
     expected = pq_topk(query, codebook, codes, **options, impl="cpu")  # type: ignore[arg-type]
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
@@ -230,16 +253,18 @@ def test_auto_takes_it_on_cuda_where_it_is_measured(emulation: ModuleType, monke
 @pytest.mark.parametrize("words", [1, 16, 256, 1000, 65536])
 @pytest.mark.parametrize("books", [1, 8, 17, 64])
 @pytest.mark.parametrize("k", [1, 100, 2048])
-def test_plan(emulation: ModuleType, words: int, books: int, k: int) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_plan(emulation: ModuleType, words: int, books: int, k: int, half: bool) -> None:
+    size = 2 if half else 4
     for queries in (0, 1, 5, 9, 10_000):
         for count in (0, 1, 5000, 10**6, 10**9):
-            block, parts, table_rows = emulation.pq_topk_plan(queries, count, books, words, k)
-            assert block in (1, 4, 12)
+            block, parts, table_rows = emulation.pq_topk_plan(queries, count, books, words, k, half)
+            assert block in ((1, 8, 16) if half else (1, 4, 12))
             assert 1 <= parts <= 4
             assert parts == 1 or (count // parts >= max(16 * k, 4 * words) and -(-queries // block) * parts <= 4)
-            assert block * books * words * 4 <= 227 << 10 or table_rows > 0
+            assert block * books * words * size <= 227 << 10 or table_rows > 0
             assert table_rows % parts == 0
-            assert table_rows * books * words * 4 <= max(64 << 20, books * words * 4)
+            assert table_rows * books * words * size <= max(64 << 20, books * words * size)
 
 
 def changed(t: ArrayTuple, position: int, value: int) -> ArrayTuple:
@@ -278,7 +303,7 @@ def test_sizes_are_checked_before_memory_is_touched(
 
     def run(a: dict[str, ArrayTuple], words: int = 12, k: int = 3, metric: int = 0) -> None:
         out = (None, None, a["scores"], a["indices"])
-        emulation.pq_topk(a["query"], a["codebook"], a["codes"], words, k, metric, 0, *out, 0)
+        emulation.pq_topk(a["query"], a["codebook"], a["codes"], words, k, metric, 0, False, *out, 0)
 
     with pytest.raises(ValueError, match=message):
         run({**a, what: changed(a[what], position, value)})
@@ -296,8 +321,12 @@ def test_sizes_are_checked_before_memory_is_touched(
 def test_what_lies_between_two_launches_is_checked(emulation: ModuleType) -> None:
     """Lists of parts, and tables in global memory."""
     scores, indices = torch.ones(1, 3), torch.ones(1, 3).long()
-    for books, words, count, name in ((1, 4, 5000, "lists"), (2, 40000, 10, "tables")):
+    for books, words, count, half, name in (
+        (1, 4, 5000, False, "lists"),
+        (2, 40000, 10, False, "tables"),
+        (2, 65536, 10, True, "tables"),
+    ):
         codes = torch.zeros(count, books, dtype=torch.uint16)
         given = torch.zeros(1, books), torch.zeros(books * words, 1), codes
         with pytest.raises(ValueError, match=f"{name}: "):
-            emulation.pq_topk(*map(array, given), words, 3, 0, 0, None, None, array(scores), array(indices), 0)
+            emulation.pq_topk(*map(array, given), words, 3, 0, 0, half, None, None, array(scores), array(indices), 0)

@@ -53,6 +53,30 @@ def test_pieces_of_columns(first: bool) -> None:
     compare(x, bank, index=torch.randint(0, 301, (2, 300)).to(torch.int32), **own)
 
 
+def parts_of(emulation: ModuleType, x: Tensor, bank: Tensor, count: int) -> int:
+    seed = torch.zeros(1, dtype=torch.int64)
+    parts: int = emulation.sampled_dot_parts((array(x), array(bank), None, None, array(seed), count))
+    return parts
+
+
+def test_parts_of_the_columns_of_few_rows(emulation: ModuleType) -> None:
+    """The emulated device has room for 8 blocks: rows, slabs of 128 features, and as many parts as are left."""
+    for rows, width, count, parts in (
+        (1, 8, 256, 1),
+        (1, 8, 257, 2),
+        (1, 8, 5000, 7),  # 20 pieces, 3 a part
+        (3, 8, 1500, 2),
+        (2, 200, 1500, 2),
+        (4, 129, 1500, 1),
+        (5, 8, 1500, 1),
+    ):
+        x, bank = torch.randn(rows, width), torch.randn(301, width)
+        assert parts_of(emulation, x, bank, count) == parts
+        if parts > 1 and count < 2000:
+            compare(x, bank, count=count, seed=5, first=torch.arange(rows))
+            compare(x.bfloat16(), bank.half(), index=torch.randint(0, 301, (rows, count)))
+
+
 def test_draws_are_those_of_every_implementation() -> None:
     """A bank of one feature that is the row's number gives the columns themselves, bit for bit."""
     bank = torch.arange(10_007.0)[:, None]
@@ -138,6 +162,18 @@ def test_sizes_are_checked_before_memory_is_touched(
     forward()
     forward(first=FIRST, count=4)
     forward(index=INDEX, count=0)
+
+
+def test_sums_of_parts_are_checked(emulation: ModuleType) -> None:
+    problem = (array(X[:1]), array(M), None, None, array(SEED), 600)
+    grad, dx, right = torch.zeros(1, 600), torch.ones(1, 3), torch.zeros(3, 3)
+    for partial in (None, right[:2], right.double(), torch.zeros(3, 4)[:, :3]):
+        with pytest.raises(ValueError, match="partial: "):
+            emulation.sampled_dot_backward(
+                problem, array(grad), None if partial is None else array(partial), array(dx), 0
+            )
+    emulation.sampled_dot_backward(problem, array(grad), array(right), array(dx), 0)
+    assert not dx.any()
 
 
 def test_columns_out_of_range_fail_on_the_device(emulation: ModuleType) -> None:

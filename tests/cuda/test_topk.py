@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastret.backends import choices, registry
+from fastret.backends import choices, registry, workspace
 from fastret.backends.cpu.array import array
 from fastret.backends.cuda import topk as backend
 from fastret.backends.pairs import PairMask
@@ -25,7 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def shrink(rows: int, columns: int, width: int) -> None:
         monkeypatch.setattr(backend, "ROWS", rows)
-        monkeypatch.setattr(backend, "WORKSPACE", 4 * columns * (rows + width))
+        monkeypatch.setattr(workspace, "_workspace", str(4 * columns * (rows + width)))
 
     return shrink
 
@@ -42,6 +42,34 @@ def same_as_reference(x: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Ten
     assert torch.equal(scores.to(F64), expected)
     assert torch.equal(indices, places)
     return scores, indices
+
+
+@pytest.mark.parametrize("bound", ["1KiB", "100KiB", "1MiB", "128MiB"])
+@pytest.mark.parametrize("width", [1, 384, 40_000])
+def test_strips_stay_within_the_workspace(monkeypatch: pytest.MonkeyPatch, bound: str, width: int) -> None:
+    monkeypatch.setattr(workspace, "_workspace", bound)
+    numbers = workspace.workspace() // 4
+    for n, m in ((1, 1), (7, 10**6), (50_000, 1_280_000)):
+        rows, columns = backend._strip(n, m, width)
+        assert 1 <= rows <= min(n, backend.ROWS)
+        assert columns % 4 == 0
+        assert 4 <= columns < m + 4
+        assert rows * columns <= numbers
+        assert (rows + width) * columns <= numbers or columns == 4
+    assert backend._strip(50_000, 1_280_000, 384)[0] == (4096 if bound == "128MiB" else min(4096, int(numbers**0.5)))
+
+
+@pytest.mark.usefixtures("emulation")
+def test_a_small_workspace_bounds_the_strips_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_workspace", "1KiB")
+    strips = []
+    multiply = backend._multiply
+    monkeypatch.setattr(backend, "_multiply", lambda x, y, p: (strips.append(p.numel()), multiply(x, y, p))[1])
+    same_as_reference(whole(37, 3), whole(90, 3), k=5, metric="l2")
+    assert max(strips) <= 256
+    monkeypatch.setattr(workspace, "_workspace", "many")
+    with pytest.raises(ValueError, match="FASTRET_WORKSPACE: expected a positive number"):
+        topk(whole(2, 3), k=1, impl="cuda")
 
 
 @pytest.mark.parametrize("metric", ["dot", "l2"])
@@ -80,7 +108,7 @@ def test_parts_of_few_rows(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
     y = whole(1003, 2)
     same_as_reference(whole(1, 2), y, k=k, metric="dot")
     same_as_reference(whole(1, 2), y[:3], k=k, metric="dot")
-    monkeypatch.setattr(backend, "WORKSPACE", 4 * 500 * 3)  # a state that goes from strip to strip in parts
+    monkeypatch.setattr(workspace, "_workspace", str(4 * 500 * 3))  # a state that goes from strip to strip in parts
     same_as_reference(whole(1, 2), y, k=k, metric="l2")
 
 

@@ -294,7 +294,7 @@ def test_what_pytorch_expects(impl: str, metric: str, words: int) -> None:
     scores, indices = pq_topk(query, codebook, codes, k=3, metric=metric, impl=impl)
     assert not scores.requires_grad
     operator = torch.ops.fastret.pq_topk.default
-    torch.library.opcheck(operator, (query.detach(), codebook, codes, 3, metric, 2, impl))
+    torch.library.opcheck(operator, (query.detach(), codebook, codes, 3, metric, 2, torch.float16, impl))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda q, c: pq_topk(q, codebook, c, k=3, metric=metric, impl=impl), fullgraph=True, backend="aot_eager"
@@ -358,6 +358,12 @@ QUERY, CODEBOOK, CODES = random(4, 3, 5, 2, 6, torch.float32)
         ({"k": None}, TypeError, "k: expected an integer, got NoneType"),
         ({"k": 1.5}, TypeError, "k: expected an integer, got float"),
         ({"metric": "cosine"}, ValueError, "metric: expected one of l2, l21, dot, got 'cosine'"),
+        (
+            {"table_dtype": torch.bfloat16},
+            TypeError,
+            "table_dtype: expected torch.float32 or torch.float16, got torch.bf",
+        ),
+        ({"table_dtype": "float16"}, TypeError, "table_dtype: expected torch.float32 or torch.float16, got 'float16'"),
         ({"first_index": -1}, ValueError, "first_index: expected at least 0"),
         ({"query": QUERY[0]}, ValueError, r"query: expected shape \(rows, width\)"),
         ({"query": QUERY.long()}, TypeError, "query: expected float32"),

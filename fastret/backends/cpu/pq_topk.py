@@ -10,7 +10,14 @@ _METRICS = ("l2", "l21", "dot")  # in the order of csrc/cpu/pq_topk.h
 
 
 def forward(
-    query: Tensor, codebook: Tensor, codes: Tensor, k: int, *, metric: str, first_index: int
+    query: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    k: int,
+    *,
+    metric: str,
+    first_index: int,
+    table_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(scores, indices), best first, as backends/reference defines them."""
     rows, words = rows_of(query), rows_of(codebook.reshape(-1, codebook.shape[2]))
@@ -27,6 +34,7 @@ def forward(
         k,
         _METRICS.index(metric),
         first_index,
+        table_dtype == torch.float16,
         torch.get_num_threads(),
         array(scores),
         array(indices),

@@ -18,7 +18,14 @@ def unsupported(call: Call) -> str | None:
 
 
 def forward(
-    query: Tensor, codebook: Tensor, codes: Tensor, k: int, *, metric: str, first_index: int
+    query: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    k: int,
+    *,
+    metric: str,
+    first_index: int,
+    table_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(scores, indices), best first, as backends/reference defines them."""
     device, (books, count, width) = query.device, codebook.shape
@@ -26,10 +33,11 @@ def forward(
     # the scan reads 8 bits where those number all words
     as_they_lie = codes.dtype == torch.uint16 or (codes.dtype == torch.uint8 and count <= 1 << 8)
     narrow = rows_of(codes if as_they_lie else codes.to(torch.uint16))
+    half = table_dtype == torch.float16
     with on(device):
-        _, parts, table_rows = cuda.extension().pq_topk_plan(len(query), len(codes), books, count, k)
+        _, parts, table_rows = cuda.extension().pq_topk_plan(len(query), len(codes), books, count, k, half)
     lists = torch.empty(len(query) * parts, k, dtype=torch.int64, device=device) if parts > 1 else None
-    tables = torch.empty(table_rows, books * count, device=device, dtype=torch.float32) if table_rows else None
+    tables = torch.empty(table_rows, books * count, device=device, dtype=table_dtype) if table_rows else None
     scores = torch.empty(len(query), k, dtype=torch.float32, device=device)
     indices = torch.empty(len(query), k, dtype=torch.int64, device=device)
     call(
@@ -42,6 +50,7 @@ def forward(
         k,
         _METRICS.index(metric),
         first_index,
+        half,
         None if lists is None else array(lists, "lists"),
         None if tables is None else array(tables, "tables"),
         array(scores, "scores"),

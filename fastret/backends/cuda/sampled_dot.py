@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastret.backends.cuda.launch import array, call, rows_of
+from fastret.backends import cuda
+from fastret.backends.cuda.launch import array, call, on, rows_of
 from fastret.backends.registry import Call
 from fastret.backends.sampling import Draws
 from fastret.backends.tiled import sampled_dot as tiled
@@ -40,7 +41,11 @@ def backward(
     if need_x:
         problem, _, _borrowed = _problem(x, bank, first, index, draws)
         grad_rows, dx = rows_of(grad), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        call("sampled_dot_backward", x.device, problem, array(grad_rows, "grad"), array(dx, "dx"))
+        with on(x.device):
+            parts = cuda.extension().sampled_dot_parts(problem)
+        partial = torch.empty(parts * len(x), x.shape[1], dtype=torch.float32, device=x.device) if parts > 1 else None
+        given = (array(grad_rows, "grad"), None if partial is None else array(partial, "partial"))
+        call("sampled_dot_backward", x.device, problem, *given, array(dx, "dx"))
     d_bank = None
     if need_bank:
         d_bank = tiled.backward(grad, x, bank, first, index, draws, need_x=False, need_bank=True)[1]

@@ -3,9 +3,10 @@
 
 Rows of bfloat16 or float16 on both sides are multiplied as they are, into float32; a float32 strip follows PyTorch's
 setting for float32 products. Memory: results, two to sixteen keys a result for the rows of a strip, a float a row and
-column, and the workspace, which holds a strip and the tile of columns converted.
+column, and the workspace (FASTRET_WORKSPACE), which holds a strip and the tile of columns converted.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from fastret.backends.cuda.launch import array, call
 from fastret.backends.pairs import PairMask
 from fastret.backends.registry import Call
 from fastret.backends.rows import row_norms
+from fastret.backends.workspace import workspace
 
-WORKSPACE = 128 << 20  # bytes
 ROWS = 4096  # of a strip: a GEMM of so many has nothing to wait for
 WARPS = 8192  # that are to share a strip: those of 132 multiprocessors
 COLUMNS = 4096  # that a part of a row has at least
@@ -45,8 +46,7 @@ def forward(x: Tensor, y: Tensor, k: int, mask: PairMask, *, metric: str, first_
         wide = x.dtype if x.dtype == y.dtype else torch.float32
         left, right = _side(x, wide, metric), _side(y, wide, metric)
         kind = _DISTANCE if metric == "l2" else _PRODUCT if left.factor is None else _SCALED
-        rows = min(n, ROWS)
-        columns = min(max(4, WORKSPACE // 4 // (rows + width) // 4 * 4), -(-m // 4) * 4)
+        rows, columns = _strip(n, m, width)
         strip = torch.empty(rows, columns, dtype=torch.float32, device=device)
         parts = _parts(rows, columns, k)
         state = torch.empty(rows * parts, extension().topk_state(k), dtype=torch.int64, device=device)
@@ -65,6 +65,13 @@ def forward(x: Tensor, y: Tensor, k: int, mask: PairMask, *, metric: str, first_
             found = (array(t[row : row + rows], name) for t, name in ((scores, "scores"), (indices, "indices")))
             call("topk_finish", device, search, kind == _DISTANCE, parts, array(kept, "state"), *found)
     return scores, indices
+
+
+def _strip(n: int, m: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a strip, which with that many rows of y stays within the workspace; at least 4 columns."""
+    numbers = workspace() // 4
+    rows = min(n, ROWS, max(1, math.isqrt(numbers)))  # as many rows as columns where there is no room for ROWS
+    return rows, min(max(4, numbers // (rows + width) // 4 * 4), -(-m // 4) * 4)
 
 
 def _parts(rows: int, columns: int, k: int) -> int:
@@ -99,7 +106,7 @@ class _Side:
 def _side(rows: Tensor, dtype: torch.dtype, metric: str) -> _Side:
     if metric == "dot":
         return _Side(rows, dtype)
-    step = max(1, WORKSPACE // 16 // max(1, rows.shape[1]))
+    step = max(1, workspace() // 16 // max(1, rows.shape[1]))
     pieces = [rows[begin : begin + step] for begin in range(0, max(1, len(rows)), step)]
     if metric == "l2":
         return _Side(rows, dtype, factor=torch.cat([p.float().square().sum(1) for p in pieces]))

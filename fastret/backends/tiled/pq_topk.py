@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastret.backends import half_tables
 from fastret.backends.selection import best
 
 QUERIES, CODES = 256, 8192
@@ -10,7 +11,14 @@ TABLE = 1 << 24  # numbers of a block's tables, as far as one query allows
 
 
 def forward(
-    query: Tensor, codebook: Tensor, codes: Tensor, k: int, *, metric: str, first_index: int
+    query: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    k: int,
+    *,
+    metric: str,
+    first_index: int,
+    table_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(scores, indices), best first, as backends/reference defines them."""
     sign = 1 if metric == "dot" else -1
@@ -20,11 +28,16 @@ def forward(
     for begin in range(0, len(query), rows):
         block = slice(begin, begin + rows)
         tables = [sign * table for table in _tables(query[block], codebook, metric)]
+        power = None
+        if table_dtype == torch.float16:
+            power = half_tables.power(torch.stack([half_tables.greatest(t, (0,)) for t in tables]).amax(0))
+            tables = [half_tables.rounded(t, power) for t in tables]
         for first in range(0, len(codes), CODES):
             words = codes[first : first + CODES].long()
             scores = tables[0].index_select(0, words[:, 0])
             for book in range(1, len(tables)):  # in their order: sums have the bits of any other block's
                 scores += tables[book].index_select(0, words[:, book])
+            scores = scores if power is None else scores * power
             candidates = torch.where(scores.isnan(), -torch.inf, scores).T
             # what was found before stands first: lower indices
             both = torch.cat([values[block], candidates], 1)

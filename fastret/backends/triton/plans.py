@@ -13,7 +13,6 @@ number with KiB, MiB or GiB; 128MiB where it is not set.
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,30 +23,15 @@ from fastret.backends.pairs import Block
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import products
 from fastret.backends.triton.rows import padded
+from fastret.backends.workspace import workspace
 from fastret.kernels.triton import config
 
 PLANS = ("auto", "fused", "weights", "strip")
 NARROW = 64  # features up to which tensor cores multiply S again in the time that stored weights take
-UNITS = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 ENOUGH = 512  # rows with which a product is limited by arithmetic: fewer, and the columns are divided instead
 RESIDENT = 4  # programs of a kernel that only reads and computes, of which a multiprocessor has room for as many
 
 _chosen = os.environ.get("FASTRET_TRITON_PLAN") or "auto"
-_workspace = os.environ.get("FASTRET_WORKSPACE") or "128MiB"
-
-
-def workspace() -> int:
-    """Bytes for a block of scores and its weights.
-
-    Raises:
-        ValueError: FASTRET_WORKSPACE is no such number.
-    """
-    match = re.fullmatch(rf"(\d+) ?({'|'.join(UNITS)})", _workspace)
-    if match is None or int(match[1]) == 0:
-        raise ValueError(
-            f"FASTRET_WORKSPACE: expected a positive number of bytes, or one with KiB, MiB or GiB, got {_workspace!r}"
-        )
-    return int(match[1]) << UNITS[match[2]]
 
 
 def chosen() -> str:
