@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -93,16 +94,20 @@ def _check_device(device: str) -> None:
 
 
 def _floors(arguments: argparse.Namespace) -> int:
-    """Every task, from the quickest on: a line for each variant as soon as it is measured."""
-    _check_device("cuda")
-    print("| task | variant | ms | counted floor | measured / floor | peak MiB |\n|---|---|---:|---:|---:|---:|")
+    """Every task, from the quickest on: a line for each variant as soon as it is measured. FASTRET_GPU_TESTS=cpu tries
+    this without a GPU: PyTorch's tiles, on small sizes beside the floors of the real ones."""
+    small = not torch.cuda.is_available() and os.environ.get("FASTRET_GPU_TESTS") == "cpu"
+    device = "cpu" if small else "cuda"
+    _check_device(device)
+    print("| task | variant | ms | counted floor | predicted, ms | measured / floor | peak MiB |")
+    print("|---|---|---:|---:|---|---:|---:|")
     wrong = False
     for floor in FLOORS:
         if floor.slow != arguments.slow:
             continue
-        op = floor.load()
-        names = tuple(variant.name for variant in op.variants)
-        done = run(op, Options(op.sizes, names, budget=arguments.budget, device="cuda"))
+        op = floor.load(floor.small() if small else None)
+        names = tuple(variant.name for variant in op.variants if not small or variant.name == "fastret-tiled")
+        done = run(op, Options(op.sizes, names, budget=arguments.budget, device=device, memory=not small))
         print("\n".join(floor_lines(floor, done)), flush=True)
         if arguments.output is not None:
             _save(done, arguments.output)
@@ -115,8 +120,8 @@ def floor_lines(floor: Floor, done: Run) -> list[str]:
     task = f"{done.op} {history.size_text(floor.size)}"
     counted = floor.note if floor.milliseconds is None else f"{floor.milliseconds:g} ms"
     return [
-        f"| {task} | {m.variant} | {report.number(m.timing.median)} | {counted} | {over_floor(m.timing.median, floor)} "
-        f"| {'-' if m.memory is None else report.mebibytes(m.memory.extra)} |"
+        f"| {task} | {m.variant} | {report.number(m.timing.median)} | {counted} | {floor.predicted()} "
+        f"| {over_floor(m.timing.median, floor)} | {'-' if m.memory is None else report.mebibytes(m.memory.extra)} |"
         for m in done.measurements
     ]
 

@@ -1,7 +1,8 @@
 """What is measured on a GPU beside what is measured everywhere: fastret's kernels there, and floors from arithmetic.
 
 A floor is what an H100 needs for the operations and bytes that a task cannot do without, at 660 TFLOP/s of bfloat16
-products (what the best published kernels of this shape reach), 495 of TF32 and 3 TB/s: counted, not measured.
+products (what the best published kernels of this shape reach), 495 of TF32 and 3 TB/s: counted, not measured. What
+fastret's own plans should take stands beside it (predictions.py).
 """
 
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from functools import partial
 
 from torch import Tensor
 
-from benchmarks import registry
+from benchmarks import predictions, registry
 from benchmarks.conditions import gpu_missing
 from benchmarks.registry import DTYPES, Inputs, Op, Size, Variant
 
 KERNELS = ("triton", "cuda")
+SMALL = {"m": 512, "k": 16, "c": 200}  # in place of 64
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,21 @@ class Floor:
     note: str
     slow: bool = False
 
-    def load(self) -> Op:
-        """The op, of this dtype, with these dimensions; its first axis is the one that varies."""
-        op = registry.in_dtype(registry.load(self.op), DTYPES[self.dtype])
-        fixed = {name: value for name, value in self.size.items() if name != op.axis}
-        return replace(op, fixed=fixed, sizes=(self.size[op.axis],), warm_up=min(op.warm_up, self.size[op.axis]))
+    def load(self, size: Size | None = None) -> Op:
+        """The op, of this dtype, with these dimensions or those of ``size``; its first axis is the one that varies."""
+        op, size = registry.in_dtype(registry.load(self.op), DTYPES[self.dtype]), size or self.size
+        fixed = {name: value for name, value in size.items() if name != op.axis}
+        return replace(op, fixed=fixed, sizes=(size[op.axis],), warm_up=min(op.warm_up, size[op.axis]))
+
+    def small(self) -> Size:
+        """What a CPU does in no time: of all that is counted at most SMALL, but as many classes as the least one has
+        rows, and searches more than they find."""
+        return {name: min(value, SMALL.get(name, 64)) for name, value in self.size.items()}
+
+    def predicted(self) -> str:
+        """Milliseconds by each plan, as text."""
+        found = predictions.predicted(self.op, self.size, self.dtype)
+        return ", ".join(f"{plan} {time:.2g}" for plan, time in found.items())
 
 
 FLOORS = (

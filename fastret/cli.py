@@ -21,7 +21,7 @@ from fastret.training.losses import LOSSES, Recipe
 from fastret.training.options import unlike_saved
 from fastret.training.sources import SOURCES
 from fastret.training.spq import BITS
-from fastret.tune import DTYPES, WORKLOADS, tune_here
+from fastret.tune import DTYPES, KINDS, tune_here
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -112,7 +112,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.description = "Takes many minutes: every configuration is compiled. Nothing but speed changes by it."
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="of the rows (default: all)")
-    parser.add_argument("--kinds", nargs="+", choices=WORKLOADS, help="of kernels (default: all, and implementations)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="of kernels (default: all, and implementations)")
 
 
 def _eval(arguments: argparse.Namespace) -> int:

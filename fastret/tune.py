@@ -1,13 +1,17 @@
 """``fastret tune``: measures configurations of the Triton kernels, and implementations, on this machine's GPU.
 
 For each entry of kernels/triton/config.py: from its default on, to the fastest of its neighbours (a block twice or half
-as large, other warps, other stages) as long as one is faster. A neighbour whose results differ from the default's by
-more than rounding is not considered. Then each op's implementations are timed against each other. What is found goes
-into a table in the user's cache folder (kernels/triton/tuned.py), which every later process reads.
+as large, other warps, other stages) as long as one is faster: by the geometric mean of a small and a large call, of
+which none may be slower than by default. A neighbour whose results differ from the default's by more than rounding is
+not considered. Then the plans by which masked_lse and rank_sums go through their pair matrix are timed at several
+widths of rows, and each op's implementations against each other. What is found goes into a table in the user's cache
+folder (kernels/triton/tuned.py), which every later process reads.
 """
 
+import contextlib
 import importlib.util
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +21,7 @@ from torch import Tensor
 from fastret import functional as F
 from fastret import ops
 from fastret.backends import registry
+from fastret.backends.triton import plans
 from fastret.kernels.triton import config, tuned
 from fastret.kernels.triton.tuned import Options, Table
 
@@ -24,6 +29,7 @@ LEAST_GAIN = 0.03  # by which a time has to fall: smaller differences are noise
 ROUNDS = 4
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+_TF32, _TF32_TOLERANCE = " tf32", 2e-2  # cuBLAS rounds factors otherwise than Triton
 
 # Smallest and largest of what is varied. What is missing here is no matter of speed alone: SLICE, CHUNK and FACTORED.
 _RANGES = {
@@ -41,10 +47,13 @@ _WARP = 32  # threads
 # Its tiles are square, and the same in every launch, so that thresholds meet the same scores.
 _SQUARE = ("lse heavy",)
 
-_ROWS = 4096
+SIZES = (512, 4096)  # rows of a small batch, which parts of the columns have to fill a GPU for, and of a large one
+WIDTHS = (64, 128, 512, 768)  # at which plans are compared
 
 Call = Callable[[str], tuple[Tensor, ...]]  # of the name of an implementation
+Make = Callable[[torch.dtype, int, torch.device, int], Call]  # of a dtype, a width, a device and a number of rows
 Timer = Callable[[Callable[[], object]], float]  # milliseconds
+Times = tuple[float, ...]  # at each of SIZES
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,13 @@ class Workload:
 
     Attributes:
         op: whose implementations it may be run by.
-        make: from a dtype, a width and a device, the call.
+        make: the call.
+        plan: by which the kernel is launched, whatever the width.
     """
 
     op: str
-    make: Callable[[torch.dtype, int, torch.device], Call]
+    make: Make
+    plan: str = "auto"
 
 
 def _rows(count: int, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -74,86 +85,96 @@ def _differentiated(loss: Callable[..., Tensor], *leaves: Tensor) -> Call:
     return call
 
 
-def _smooth_ap(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    labels = torch.arange(_ROWS, device=device) // 4
-    x = _rows(_ROWS, width, dtype, device)
+def _smooth_ap(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    labels = torch.arange(rows, device=device) // 4
+    x = _rows(rows, width, dtype, device)
     return _differentiated(lambda x, impl: F.smooth_ap(x, labels, samples_per_class=4, impl=impl), x)
 
 
-def _info_nce(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x, y = (_rows(2 * _ROWS, width, dtype, device, seed) for seed in (0, 1))
+def _info_nce(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, y = (_rows(2 * rows, width, dtype, device, seed) for seed in (0, 1))
     return _differentiated(lambda x, y, impl: F.info_nce(x, y, impl=impl), x, y)
 
 
-def _info_nce_forward(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x, y = (_rows(2 * _ROWS, width, dtype, device, seed) for seed in (0, 1))
+def _info_nce_forward(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, y = (_rows(2 * rows, width, dtype, device, seed) for seed in (0, 1))
     return lambda impl: (F.info_nce(x, y, impl=impl),)
 
 
-def _mined(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    labels = torch.arange(_ROWS, device=device) // 4
-    x = _rows(_ROWS, width, dtype, device)
+def _mined(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    labels = torch.arange(rows, device=device) // 4
+    x = _rows(rows, width, dtype, device)
     return _differentiated(lambda x, impl: F.multi_similarity(x, labels, mining_margin=0.1, impl=impl), x)
 
 
-def _pairs(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x = _rows(_ROWS, width, dtype, device)
-    row = torch.arange(16 * _ROWS, device=device) % _ROWS
+def _pairs(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x = _rows(rows, width, dtype, device)
+    row = torch.arange(16 * rows, device=device) % rows
     return _differentiated(lambda x, impl: ops.pair_dot(x, None, row, row.flip(0), impl=impl), x)
 
 
-def _assigned(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x = _rows(2 * _ROWS, 8 * width, dtype, device)
+def _assigned(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x = _rows(2 * rows, 8 * width, dtype, device)
     codebook = _rows(8 * 256, width, dtype, device, 1).view(8, 256, width)
     return _differentiated(lambda x, codebook, impl: F.soft_pq(x, codebook, 0.5, impl=impl), x, codebook)
 
 
-def _noise(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x, bank = _rows(_ROWS // 16, width, dtype, device), _rows(64 * _ROWS, width, dtype, device, 1)
-    return _differentiated(lambda x, impl: ops.sampled_dot(x, bank, count=_ROWS, seed=0, impl=impl), x)
+def _noise(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, bank = _rows(rows // 16, width, dtype, device), _rows(64 * rows, width, dtype, device, 1)
+    return _differentiated(lambda x, impl: ops.sampled_dot(x, bank, count=rows, seed=0, impl=impl), x)
 
 
-def _mixed(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x = _rows(_ROWS, 48 * width, dtype, device).view(_ROWS, 48, width)
+def _mixed(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x = _rows(rows, 48 * width, dtype, device).view(rows, 48, width)
     permutation = torch.arange(48, device=device).flip(0)
     return lambda impl: (ops.patchmix(x, 1, 2, permutation=permutation, impl=impl),)
 
 
-def _stored(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+def _stored(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
     """Rows too wide for fused gradients."""
-    return _info_nce(dtype, 8 * width, device)
+    return _info_nce(dtype, 8 * width, device, rows)
 
 
-def _searched(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x, y = _rows(_ROWS // 4, width, dtype, device), _rows(16 * _ROWS, width, dtype, device, 1)
+def _updated(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, bank = _rows(rows, width, dtype, device), _rows(2 * rows, width, dtype, device, 1)
+    index = torch.arange(rows, device=device) * 2
+    return lambda impl: (ops.update_rows_(bank.clone(), index, x, impl=impl),)
+
+
+def _searched(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, y = _rows(rows // 4, width, dtype, device), _rows(16 * rows, width, dtype, device, 1)
     return lambda impl: ops.topk(x, y, k=10, impl=impl)
 
 
-def _scanned(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    x, codebook = _rows(_ROWS // 4, width, dtype, device), _rows(2048, width // 8, dtype, device, 1)
-    codes = (torch.arange(128 * _ROWS, device=device) * 40503 >> 8).remainder(256).to(torch.uint8).view(-1, 8)
+def _scanned(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, codebook = _rows(rows // 4, width, dtype, device), _rows(2048, width // 8, dtype, device, 1)
+    codes = (torch.arange(128 * rows, device=device) * 40503 >> 8).remainder(256).to(torch.uint8).view(-1, 8)
     return lambda impl: ops.pq_topk(x, codebook.view(8, 256, -1), codes, k=10, impl=impl)
 
 
-def _voted(dtype: torch.dtype, width: int, device: torch.device) -> Call:
-    scores = _rows(_ROWS, 200, torch.float32, device).sort(1, descending=True)[0]
-    indices = torch.arange(_ROWS * 200, device=device).view(_ROWS, 200) % 5003
+def _voted(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    scores = _rows(rows, 200, torch.float32, device).sort(1, descending=True)[0]
+    indices = torch.arange(rows * 200, device=device).view(rows, 200) % 5003
     place = torch.arange(5003, device=device) % 1000
     return lambda impl: ops.knn_vote(scores, indices, place, 1000, impl=impl)
 
 
-# By the kind of kernel in config.py; a kind that has none here keeps its default, which is said.
+# By the kind of kernel in config.py, in TF32 or not. Every kind has one.
 WORKLOADS: dict[str, Workload] = {
-    **dict.fromkeys(("scores", "sums", "gradient"), Workload("rank_sums", _smooth_ap)),
-    "lse gradient": Workload("masked_lse", _info_nce),
-    "lse": Workload("masked_lse", _info_nce_forward),
-    "lse heavy": Workload("row_extrema", _mined),
+    **dict.fromkeys(("scores", "sums", "gradient"), Workload("rank_sums", _smooth_ap, "fused")),
+    "lse gradient": Workload("masked_lse", _info_nce, "fused"),
+    "lse": Workload("masked_lse", _info_nce_forward, "fused"),
+    "lse heavy": Workload("row_extrema", _mined, "fused"),
     **dict.fromkeys(("pair scores", "pair gradient"), Workload("pair_dot", _pairs)),
     **dict.fromkeys(("assign", "assign rows", "assign words"), Workload("soft_assign", _assigned)),
     **dict.fromkeys(("sampled scores", "sampled gradient"), Workload("sampled_dot", _noise)),
     "patchmix": Workload("patchmix", _mixed),
-    "strip": Workload("masked_lse", _stored),
+    "update rows": Workload("update_rows", _updated),
+    "strip": Workload("masked_lse", _stored, "strip"),
 }
+# By the entry of a plan in tuned.py, what is measured by each of the plans.
+PLANS = {"plan lse": Workload("masked_lse", _info_nce), "plan ranks": Workload("rank_sums", _smooth_ap)}
+KINDS = (*WORKLOADS, *PLANS)
 # Ops without Triton kernels, of which the implementations alone are compared.
 SELECTIONS = (Workload("topk", _searched), Workload("pq_topk", _scanned), Workload("knn_vote", _voted))
 
@@ -174,9 +195,10 @@ def _fills_its_warps(options: Options) -> bool:
     return options["BLOCK_M"] * options["BLOCK_N"] >= _WARP * options["num_warps"]
 
 
-def search(kind: str, start: Options, milliseconds: Callable[[Options], float]) -> tuple[Options, float]:
-    """The fastest options a walk from ``start`` finds, and their time; infinite: they cannot run."""
-    best, fastest = start, milliseconds(start)
+def search(kind: str, start: Options, measure: Callable[[Options], Times]) -> tuple[Options, Times]:
+    """The fastest options a walk from ``start`` finds, and their times; infinite: they cannot run."""
+    best, by_default = start, measure(start)
+    fastest = by_default
     seen = [dict(start)]
     for _ in range(ROUNDS):
         center = best
@@ -184,12 +206,30 @@ def search(kind: str, start: Options, milliseconds: Callable[[Options], float]) 
             if candidate in seen:
                 continue
             seen.append(candidate)
-            time = milliseconds(candidate)
-            if time < fastest * (1 - LEAST_GAIN):
-                best, fastest = candidate, time
+            times = measure(candidate)
+            no_worse = all(t <= before * (1 + LEAST_GAIN) for t, before in zip(times, by_default, strict=True))
+            if no_worse and _mean(times) < _mean(fastest) * (1 - LEAST_GAIN):
+                best, fastest = candidate, times
         if best is center:
             break
     return best, fastest
+
+
+def _mean(times: Times) -> float:
+    """Of which two have the ratio that is the geometric mean of gains."""
+    return statistics.geometric_mean(times) if max(times) < math.inf else math.inf
+
+
+@contextlib.contextmanager
+def _in_tf32(allowed: bool) -> Iterator[None]:
+    """Products of float32 are taken in TF32 within the block, or as they were."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def tune(
@@ -201,25 +241,36 @@ def tune(
     report: Callable[[str], None] = print,
     save: Callable[[Table], object] = lambda table: None,
 ) -> Table:
-    """Measures everything there is a workload for; ``report`` is told of each entry, and ``save`` gets what there is
-    after it: a run of many minutes may be cut off."""
+    """Measures everything there is; ``report`` is told of each entry, and ``save`` gets what there is after it: a run
+    of many minutes may be cut off."""
     architecture = config.architecture(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     table = Table(tuned.key(name, architecture))
     for kind, itemsize, options in config.entries(architecture):
         dtype = next((d for d in dtypes if d.itemsize == itemsize), None)
-        if dtype is None or (kinds is not None and kind not in kinds):
+        plain = kind.removesuffix(_TF32)
+        if dtype is None or (kinds is not None and plain not in kinds):
             continue
-        if kind not in WORKLOADS:
-            report(f"{kind}: nothing to measure it with; it keeps its default")
-            continue
-        entry = tuned.name(kind, itemsize, options)
-        call = WORKLOADS[kind].make(dtype, options.get("SLICE", 128), device)
-        found, before, after = _tuned(kind, entry, options, call, timer, _TOLERANCE[dtype])
-        if found != options and math.isfinite(after):
+        entry, workload = tuned.name(kind, itemsize, options), WORKLOADS[plain]
+        width, tolerance = options.get("SLICE", 128), _TOLERANCE[dtype] if kind == plain else _TF32_TOLERANCE
+        calls = [workload.make(dtype, width, device, rows) for rows in SIZES]
+        with _in_tf32(kind != plain), plans.overriding(workload.plan):
+            found, before, after = _tuned(kind, entry, options, calls, timer, tolerance)
+        if found != options and max(after) < math.inf:
             table.options[entry] = dict(found)
             save(table)
-        report(f"{entry}: {before:.3f} ms by default, {after:.3f} ms with {dict(found)}")
+        report(f"{entry}: {_said(before)} by default, {_said(after)} with {dict(found)}")
+    for entry, workload in PLANS.items():
+        for dtype in dtypes if kinds is None or entry in kinds else ():
+            for tf32 in (False, True) if dtype == torch.float32 else (False,):
+                of_entry = tuned.name(f"{entry}{_TF32 * tf32}", dtype.itemsize, {})
+                with _in_tf32(tf32):
+                    tolerance = _TF32_TOLERANCE if tf32 else _TOLERANCE[dtype]
+                    calls = [workload.make(dtype, width, device, SIZES[-1]) for width in WIDTHS]
+                    found_plan = _wide_plan(of_entry, calls, timer, tolerance, report)
+                if found_plan is not None:
+                    table.plans[of_entry] = found_plan
+                    save(table)
     # the first workload of an op stands for it
     for op, workload in {w.op: w for w in reversed((*WORKLOADS.values(), *SELECTIONS))}.items():
         if kinds is None:
@@ -231,29 +282,57 @@ def tune(
     return table
 
 
+def _said(times: Times) -> str:
+    return f"{', '.join(f'{time:.3f}' for time in times)} ms"
+
+
 def _tuned(
-    kind: str, entry: str, options: Options, call: Call, timer: Timer, tolerance: float
-) -> tuple[Options, float, float]:
-    """The options found, the default's time and theirs."""
-    times: list[float] = []
-    cannot_run = _errors_of_configurations()
-    expected: tuple[Tensor, ...] | None = None
+    kind: str, entry: str, options: Options, calls: Sequence[Call], timer: Timer, tolerance: float
+) -> tuple[Options, Times, Times]:
+    """The options found, the default's times and theirs."""
+    seen: list[Times] = []
+    expected: dict[int, tuple[Tensor, ...]] = {}
 
-    def milliseconds(candidate: Options) -> float:
-        nonlocal expected
+    def measure(candidate: Options) -> Times:
         with config.overriding(entry, candidate):
-            try:
-                got = call("triton")
-                if expected is None:
-                    expected = got
-                agrees = all(map(_close, got, expected, [tolerance] * len(got)))
-                times.append(timer(lambda: call("triton")) if agrees else math.inf)
-            except cannot_run:
-                times.append(math.inf)
-        return times[-1]
+            seen.append(tuple(_time(call, k, expected, timer, tolerance) for k, call in enumerate(calls)))
+        return seen[-1]
 
-    found, fastest = search(kind, options, milliseconds)
-    return found, times[0], fastest
+    found, fastest = search(kind, options, measure)
+    return found, seen[0], fastest
+
+
+def _time(call: Call, key: int, expected: dict[int, tuple[Tensor, ...]], timer: Timer, tolerance: float) -> float:
+    """Infinite where the Triton kernels cannot run, or where results are not those that were first of this key."""
+    try:
+        got = call("triton")
+        agrees = all(map(_close, got, expected.setdefault(key, got), [tolerance] * len(got)))
+        return timer(lambda: call("triton")) if agrees else math.inf
+    except _errors_of_configurations():
+        return math.inf
+
+
+def _wide_plan(
+    entry: str, calls: Sequence[Call], timer: Timer, tolerance: float, report: Callable[[str], None]
+) -> dict[str, int] | None:
+    """Of calls at WIDTHS, the faster plan of the widest rows that is not "fused", and the least width from which on it
+    is faster than that; where it is at none, a greater one than was measured. None where no such plan runs."""
+    times: dict[str, list[float]] = {"fused": [], "weights": [], "strip": []}
+    for width, call in zip(WIDTHS, calls, strict=True):
+        expected: dict[int, tuple[Tensor, ...]] = {}
+        for plan, of_plan in times.items():
+            with plans.overriding(plan):
+                of_plan.append(_time(call, width, expected, timer, tolerance))
+        report(f"{entry}, D = {width}: {', '.join(f'{plan} {of_plan[-1]:.3f} ms' for plan, of_plan in times.items())}")
+    winner = min(("weights", "strip"), key=lambda plan: times[plan][-1])
+    if times[winner][-1] == math.inf:
+        return None
+    least = WIDTHS[-1] + 1
+    for width, time, fused in reversed(list(zip(WIDTHS, times[winner], times["fused"], strict=True))):
+        if not time < fused * (1 - LEAST_GAIN):
+            break
+        least = width
+    return {winner: least}
 
 
 def _errors_of_configurations() -> tuple[type[Exception], ...]:
@@ -282,7 +361,7 @@ def _order(
     run, and those whose results are not what PyTorch's tiles find."""
     request = registry.Call(op, device.type, dtype, index=device.index)
     serving = [impl.name for impl in registry.candidates(request) if impl.unsupported(request) is None]
-    call = workload.make(dtype, 128, device)
+    call = workload.make(dtype, 128, device, SIZES[-1])
     expected: tuple[Tensor, ...] | None = None
     times: dict[str, float] = {}
     refused: list[str] = []

@@ -36,18 +36,42 @@ def distance_from(best: Options) -> Callable[[Options], float]:
     )
 
 
+def once(time: Callable[[Options], float]) -> Callable[[Options], tuple[float, ...]]:
+    return lambda options: (time(options),)
+
+
 def test_a_walk_finds_the_fastest_options() -> None:
     best = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
-    found, time = tune.search("lse", START, distance_from(best))
-    assert time == 1
+    found, times = tune.search("lse", START, once(distance_from(best)))
+    assert times == (1,)
     assert found == {**START, **best}
 
 
 def test_options_that_cannot_run_and_noise_change_nothing() -> None:
-    assert tune.search("lse", START, lambda options: math.inf) == (START, math.inf)
-    assert tune.search("lse", START, lambda options: 1 - 0.01 * (options != START)) == (START, 1)
-    found, time = tune.search("lse", START, lambda o: 2.0 if o["num_warps"] == 4 else math.inf)
-    assert (found["num_warps"], time) == (4, 2.0)
+    assert tune.search("lse", START, lambda options: (math.inf,)) == (START, (math.inf,))
+    assert tune.search("lse", START, once(lambda options: 1 - 0.01 * (options != START))) == (START, (1,))
+    found, times = tune.search("lse", START, once(lambda o: 2.0 if o["num_warps"] == 4 else math.inf))
+    assert (found["num_warps"], times) == (4, (2.0,))
+
+
+def test_no_size_pays_for_another() -> None:
+    """Tiles of 128 rows are twice as fast for large calls and slower for small ones; 4 warps win 10 % at both."""
+
+    def times(options: Options) -> tuple[float, ...]:
+        high, few = options["BLOCK_M"] == 128, options["num_warps"] == 4
+        return (1 + 0.1 * high) * (1 - 0.1 * few), (1 - 0.5 * high) * (1 - 0.1 * few)
+
+    found, after = tune.search("lse", START, times)
+    assert found == {**START, "num_warps": 4, "BLOCK_M": 128}  # both: no size is slower than by default
+    assert after == pytest.approx((0.99, 0.45))
+
+    def slower(options: Options) -> tuple[float, ...]:
+        high = options["BLOCK_M"] == 128
+        return 1 + 0.1 * high, 1 - 0.5 * high
+
+    assert tune.search("lse", START, slower) == (START, (1, 1))
+    mixed = tune.search("lse", START, lambda o: (1.0, math.inf) if o != START else (2.0, 2.0))
+    assert mixed == (START, (2, 2))  # what cannot run at one size
 
 
 def test_neighbours_keep_what_must_not_change() -> None:
@@ -67,8 +91,30 @@ def test_stored_tiles_have_an_element_for_every_thread() -> None:
     assert all(o["BLOCK_M"] * o["BLOCK_N"] >= 32 * o["num_warps"] for o in tune.neighbours("strip", fewer))
 
 
-def test_workloads_are_of_kinds_that_there_are() -> None:
-    assert set(tune.WORKLOADS) <= {kind for kind, _, _ in config.entries("sm_90")}
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kind_has_a_workload(architecture: str) -> None:
+    """One for both precisions of float32; a workload is of a kind that there is."""
+    assert {kind.removesuffix(" tf32") for kind, _, _ in config.entries(architecture)} == set(tune.WORKLOADS)
+    assert set(tune.PLANS) == set(tuned.PLANS.values())
+    assert set(tuned.PLANS) <= set(tune.WORKLOADS)
+
+
+def test_a_workload_runs_the_kernels_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever plan its width would have, each looks its kind up."""
+    looked_up: list[str] = []
+    plain = config.lookup
+
+    def lookup(kind: str, *arguments: object, **more: object) -> Options:
+        looked_up.append(kind)
+        return plain(kind, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(config, "lookup", lookup)
+    for kind, workload in tune.WORKLOADS.items():
+        looked_up.clear()
+        call = workload.make(torch.bfloat16, 80, torch.device("cpu"), 16)
+        with tune.plans.overriding(workload.plan):
+            call("triton")
+        assert kind in looked_up
 
 
 def test_a_table_is_read_back_and_takes_the_place_of_defaults() -> None:
@@ -118,6 +164,8 @@ def test_a_table_of_something_else_is_ignored(part: str) -> None:
         {"options": {"lse/2": {"BLOCK_M": -64}}},
         {"options": {"lse/2": {"BLOCK_M": 1 << 20}}},
         {"order": {"rank_sums": "triton"}},
+        {"plans": {"plan lse/2": {"weights": "64"}}},
+        {"plans": {"plan lse/2": {"weights": 64, "strip": 128}}},
     ],
 )
 def test_a_bad_file_is_ignored(content: str | dict[str, object]) -> None:
@@ -156,7 +204,7 @@ def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> No
     device = torch.device("cpu")
     monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(config, "choices", lambda kind, architecture, itemsize, tf32=False: (START,))
-    monkeypatch.setattr(config, "entries", lambda architecture: [("lse", 4, START), ("new kind", 4, START)])
+    monkeypatch.setattr(config, "entries", lambda architecture: [("lse", 4, START)])
     times = {"triton": 3.0, "tiled": 1.0}
     running: list[str] = []
 
@@ -177,18 +225,89 @@ def test_tune_measures_right_options_only(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(tune, "WORKLOADS", {"lse": tune.Workload("masked_lse", lambda *_: call)})
     monkeypatch.setattr(tune, "SELECTIONS", ())
+    monkeypatch.setattr(tune, "PLANS", {})
     said: list[str] = []
     table = tune.tune(device, timer, dtypes=[torch.float32], report=said.append)
     assert table.options == {"lse/4": {**START, "BLOCK_M": 128}}
     assert table.order["masked_lse"][0] == "tiled"
-    assert said[1].startswith("new kind: nothing to measure it with")
+    assert said[0].startswith("lse/4: 3.000, 3.000 ms by default, 1.000, 1.000 ms with ")
 
 
-def test_workloads_are_calls_that_every_implementation_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_for_tf32_are_measured_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the workload of their kind; afterwards products are what they were."""
+    of_sm_90 = config.choices
+    monkeypatch.setattr(config, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(config, "choices", lambda kind, architecture, *more: of_sm_90(kind, "sm_90", *more))
+    (options,) = config.choices("lse gradient tf32", "sm_90", 4)
+    both = [("lse gradient", 4, options), ("lse gradient tf32", 4, options)]
+    monkeypatch.setattr(config, "entries", lambda architecture: both)
+    precisions: list[str] = []
+
+    def call(impl: str) -> tuple[Tensor, ...]:
+        precisions.append(config.precision(torch.float32))
+        return (torch.ones(1),)
+
+    def timer(run: Callable[[], object]) -> float:
+        used = config.lookup("lse gradient", torch.device("cpu"), torch.float32, 128)
+        return 1.0 if used["num_warps"] == 4 else 2.0
+
+    monkeypatch.setattr(tune, "WORKLOADS", {"lse gradient": tune.Workload("masked_lse", lambda *_: call, "fused")})
+    monkeypatch.setattr(tuned, "of_device", lambda *_: None)
+    table = tune.tune(torch.device("cpu"), timer, dtypes=[torch.float32], kinds=["lse gradient"], report=lambda _: None)
+    assert set(precisions) == {"ieee", "tf32"}
+    assert {name: found["num_warps"] for name, found in table.options.items()} == {
+        "lse gradient/4/128": 4,
+        "lse gradient tf32/4/128": 4,
+    }
+    assert config.precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({"fused": (1, 2, 8, 12), "weights": (2, 3, 4, 6), "strip": (2, 3, 5, 7)}, {"weights": 512}),
+        ({"fused": (1, 2, 8, 12), "weights": (0.5, 3, 9, 9), "strip": (0.5, 1, 5, 7)}, {"strip": 64}),
+        ({"fused": (1, 2, 3, 4), "weights": (1, 2, 3, 4), "strip": (0.5, 1, 5, 7)}, {"weights": 769}),
+        ({"fused": (1, 2, 3, 4), "weights": (math.inf,) * 4, "strip": (math.inf,) * 4}, None),
+    ],
+)
+def test_the_width_from_which_a_plan_wins(times: dict[str, tuple[float, ...]], expected: dict[str, int] | None) -> None:
+    """What cannot run has no time; a plan is measured by the name that is asked for."""
+    asked: list[str] = []
+
+    def call(impl: str) -> tuple[Tensor, ...]:
+        asked.append(tune.plans.chosen())
+        if times[asked[-1]][0] == math.inf:
+            raise RuntimeError("no room")
+        return (torch.ones(1),)
+
+    def timer(run: Callable[[], object]) -> float:
+        return times[asked[-1]][asked.count(asked[-1]) - 1]
+
+    before = tune.plans.chosen()
+    assert tune._wide_plan("plan lse/2", [call] * 4, timer, 1e-4, lambda _: None) == expected
+    assert tune.plans.chosen() == before
+
+
+def test_measured_plans_are_read_back_and_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned.save(Table(KEY, plans={"plan lse/2": {"weights": 512}, "plan lse tf32/4": {"strip": 128}}))
+    table = tuned.load(KEY)
+    assert tuned.plan_of_wide_rows(table, "lse gradient", 2) == ("weights", 512)
+    assert tuned.plan_of_wide_rows(table, "lse gradient tf32", 4) == ("strip", 128)
+    for kind, itemsize in (("lse gradient", 4), ("gradient", 2), ("lse heavy", 2), ("gradient tf32", 4)):
+        assert tuned.plan_of_wide_rows(table, kind, itemsize) is None
+    assert tuned.plan_of_wide_rows(None, "lse gradient", 2) is None
+    measured = ("weights", 512)
+    planned = [tune.plans.plan(w, 512, tensor_cores=True, measured=measured) for w in (64, 496, 512)]
+    assert planned == ["fused", "fused", "weights"]
+    assert tune.plans.plan(64, 512, tensor_cores=True, asked="strip", measured=measured) == "strip"
+    assert config.plan_of_wide_rows("lse gradient", torch.device("cpu"), torch.float32) is None
+
+
+def test_workloads_are_calls_that_every_implementation_takes() -> None:
     """And the same each time, so that results of two configurations can be compared."""
-    monkeypatch.setattr(tune, "_ROWS", 16)
     for make in {workload.make for workload in (*tune.WORKLOADS.values(), *tune.SELECTIONS)}:
-        call = make(torch.float32, 16, torch.device("cpu"))
+        call = make(torch.float32, 16, torch.device("cpu"), 16)
         tiled = call("tiled")
         assert all(t.isfinite().all() for t in tiled)
         assert all(torch.equal(a, b) for a, b in zip(call("tiled"), tiled, strict=True))
@@ -199,6 +318,7 @@ def test_implementations_are_compared_before_they_are_timed(monkeypatch: pytest.
     """One fails, one is wrong and one is slow; what is found is saved after each entry."""
     monkeypatch.setattr(config, "entries", lambda architecture: [])
     monkeypatch.setattr(tune, "WORKLOADS", {})
+    monkeypatch.setattr(tune, "PLANS", {})
     running: list[str] = []
 
     def call(impl: str) -> tuple[Tensor, ...]:

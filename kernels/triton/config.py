@@ -1,8 +1,8 @@
 """Tiles and launch options, by kind of kernel, bytes per element of the rows, and architecture.
 
 A table, not @triton.autotune: the same call does the same work in every process, and nothing is timed in a training
-step. What ``fastret tune`` measured on this machine's GPU takes the place of entries (tuned.py). The entries for half
-precision and float32 compile without register spills (tests/kernels/aot.py); none is timed yet. float32 products are
+step. What ``fastret tune`` measured on this machine's GPU takes the place of entries (tuned.py). All entries compile
+without register spills (tests/kernels/aot.py); none is timed yet. float32 products are
 IEEE unless PyTorch is told otherwise, and run on the ordinary arithmetic units, as float64's, hence their narrower
 tiles.
 """
@@ -168,7 +168,8 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("lse heavy", 8): {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
-        "gfx942": (_tile(16, 16, 16, 8, 2, SLICE=32),),
+        "sm_100": (_tile(16, 16, 16, 4, 2, SLICE=32),),
+        "gfx942": (_tile(16, 16, 16, 4, 2, SLICE=32),),
     },
     ("lse weights", 2): {
         "sm_80": (_tile(64, 64, 32, 8, 3),),
@@ -194,7 +195,11 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_100": (_assign(64, 64, 8, 32), _assign(64, 16, 8, 128)),
         "gfx942": (_assign(32, 64, 4, 32), _assign(32, 16, 8, 128)),
     },
-    ("assign rows", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
+    ("assign rows", 8): {
+        "sm_80": (_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
+        "sm_90": (_assign(16, 32, 4, 32), _assign(16, 16, 4, 128)),
+        "gfx942": (_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
+    },
     ("assign words", 2): {
         "sm_80": (_assign(64, 64, 8, 32), _assign(32, 32, 4, 128)),
         "gfx942": (_assign(64, 32, 4, 32), _assign(32, 32, 4, 128)),
@@ -203,7 +208,10 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_80": (_assign(32, 16, 4, 32), _assign(16, 32, 8, 128)),
         "gfx942": (_assign(32, 32, 4, 32), _assign(16, 16, 8, 128)),
     },
-    ("assign words", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
+    ("assign words", 8): {
+        "sm_80": (_assign(16, 16, 4, 32), _assign(16, 16, 8, 128)),
+        "gfx942": (_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
+    },
     ("gradient", 4): {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
         "sm_100": (_tile(32, 32, 32, 8, 2, SLICE=128),),
@@ -245,6 +253,9 @@ _INTERPRETED: dict[str, Options] = {
 }
 _INTERPRETED_PROCESSORS = 8
 
+# Of float64 on NVIDIA. Without a limit ptxas spills a few bytes to go below 64, 80 or 128 registers; told that all may
+# be used, it does not.
+_ALL_REGISTERS = {"maxnreg": 255}
 
 _overrides: dict[str, Options] = {}
 
@@ -283,7 +294,8 @@ def choices(kind: str, architecture: str, itemsize: int, tf32: bool = False) -> 
     if architecture.startswith("gfx"):
         return entry["gfx942"]
     older = [name for name in entry if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
-    return entry[older[-1] if older else "sm_80"]
+    found = entry[older[-1] if older else "sm_80"]
+    return tuple({**options, **_ALL_REGISTERS} for options in found) if itemsize == 8 else found
 
 
 def lookup(kind: str, device: torch.device, dtype: torch.dtype, width: int = 0) -> Options:
@@ -307,6 +319,15 @@ def held(kind: str, device: torch.device, dtype: torch.dtype) -> int:
     """How many features of a gradient one program of this kind holds; the interpreter stands for sm_80."""
     name = architecture(device)
     return choices(kind, "sm_80" if name == "interpreter" else name, dtype.itemsize)[-1]["SLICE"]
+
+
+def plan_of_wide_rows(kind: str, device: torch.device, dtype: torch.dtype) -> tuple[str, int] | None:
+    """What ``fastret tune`` measured on this GPU to be faster than fused kernels of this kind, and from which width."""
+    if device.type == "cpu":
+        return None
+    if precision(dtype) == "tf32":
+        kind = f"{kind} tf32"
+    return tuned.plan_of_wide_rows(tuned.of_device(device, architecture(device)), kind, dtype.itemsize)
 
 
 def granularity(device: torch.device) -> int:

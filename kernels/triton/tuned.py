@@ -3,7 +3,8 @@
 A table counts only for the GPU, Triton and kernel sources it was measured with; another is ignored, and that is said
 once. Nothing is measured here, and without a table nothing changes. FASTRET_TUNED=0 ignores all tables.
 
-A file is JSON: {"key": {...}, "options": {"lse/2": {"BLOCK_M": 64, ...}}, "order": {"rank_sums": ["triton", ...]}}.
+A file is JSON: {"key": {...}, "options": {"lse/2": {"BLOCK_M": 64, ...}}, "order": {"rank_sums": ["triton", ...]},
+"plans": {"plan lse/2": {"weights": 128}}}.
 """
 
 import functools
@@ -21,6 +22,9 @@ import torch
 Options = Mapping[str, int]
 
 _LARGEST = 1024  # of a block, and far beyond that of warps and stages
+# Entries of plans, by the kind of kernel that holds the gradients of narrow rows. "lse heavy" has none: masks by
+# threshold need the same scores from every op, by the one plan that is counted for all of them.
+PLANS = {"lse gradient": "plan lse", "gradient": "plan ranks"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,13 @@ class Table:
     Attributes:
         options: of kernels, by ``name``.
         order: implementations of an op, the fastest first.
+        plans: by ``name`` of a plan's entry, the plan of wide rows and the width from which it was faster than "fused".
     """
 
     key: Key
     options: dict[str, dict[str, int]] = field(default_factory=dict)
     order: dict[str, list[str]] = field(default_factory=dict)
+    plans: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def name(kind: str, itemsize: int, options: Options) -> str:
@@ -134,7 +140,10 @@ def _parsed(content: dict[str, dict[str, dict[str, int]]]) -> Table:
     for op, names in content["order"].items():
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ValueError(f"order of {op}: {names!r}")
-    return Table(key, content["options"], content["order"])  # type: ignore[arg-type]
+    for entry, widths in content["plans"].items():
+        if len(widths) != 1 or not all(isinstance(w, int) and w > 0 for w in widths.values()):
+            raise ValueError(f"{entry}: {widths!r}")
+    return Table(key, content["options"], content["order"], content["plans"])  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -149,3 +158,13 @@ def applied(table: Table | None, kind: str, itemsize: int, defaults: tuple[Optio
         return defaults
     measured = [table.options.get(name(kind, itemsize, options), options) for options in defaults]
     return tuple(m if m.keys() == d.keys() else d for m, d in zip(measured, defaults, strict=True))
+
+
+def plan_of_wide_rows(table: Table | None, kind: str, itemsize: int) -> tuple[str, int] | None:
+    """The plan that was measured to take the place of "fused" kernels of a kind, which may end in tf32, and the width
+    from which it does; None where nothing was."""
+    plain = kind.removesuffix(" tf32")
+    if table is None or plain not in PLANS:
+        return None
+    found = table.plans.get(name(PLANS[plain] + kind.removeprefix(plain), itemsize, {}), {})
+    return next(iter(found.items()), None)

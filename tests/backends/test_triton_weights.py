@@ -24,7 +24,7 @@ def test_two_heads_of_weights_in_blocks_of_any_shape(
     monkeypatch: pytest.MonkeyPatch, weights: None, gallery: bool, workspace: str
 ) -> None:
     """Several programs to a block that sweep several tiles each, and a rest; what is learned has all its gradients."""
-    monkeypatch.setattr(plans, "_workspace", workspace)
+    monkeypatch.setattr("fastret.backends.workspace._workspace", workspace)
     n, m = (3 * N + 5, 5 * M) if gallery else (5 * N, 5 * N)
     x, y = rows(n, 70), rows(m, 70, seed=6) if gallery else None
     scale = torch.tensor(9.0, device=DEVICE)
@@ -42,7 +42,7 @@ def test_weights_of_float16_are_scaled(
 ) -> None:
     """Upstream gradients beyond its range and below it; many softmax weights below 6e-8, where it ends; rows with
     upstream gradients a thousand times smaller than others. Rows are as long as keeps their own gradients in range."""
-    monkeypatch.setattr(plans, "_workspace", "128KiB" if COMPILED else "4KiB")
+    monkeypatch.setattr("fastret.backends.workspace._workspace", "128KiB" if COMPILED else "4KiB")
     n, m = (N, 4000) if COMPILED else (18, 300)
     x, y = (length * rows(n, 70)).to(HALF), (length * rows(m, 70, seed=6)).to(HALF)
     head = Head(60.0, target=Indexed(labels(n, m)), smoothing=0.1)

@@ -92,9 +92,7 @@ def test_floors_are_tasks_of_ops(floor: Floor) -> None:
     op = floor.load()
     assert op.size(op.sizes[0]) == floor.size
     assert any(variant.name == "fastret-triton" for variant in op.variants)
-    small = {name: min(value, 64) for name, value in floor.size.items() if name != "c"}
-    if floor.op != "pq_topk":
-        assert op.setup({**small, **{name: 70 for name in floor.size if name == "c"}}, 0)
+    assert floor.load(floor.small()).size(floor.small()[op.axis]) == floor.small()
     assert (floor.milliseconds is None) == (gpu.over_floor(1.0, floor) == "-")
 
 
@@ -104,7 +102,21 @@ def test_measured_over_counted() -> None:
     done = run.run(clip.OP, Options((16,), ("fastret-tiled",), budget=0.001, memory=False))
     (line,) = command_line.floor_lines(floor, done)
     time = done.measurements[0].timing.median
-    assert line.endswith(f"| fastret-tiled | {report.number(time)} | 4 ms | {time / 4:.1f}x | - |")
+    expected = f"| 4 ms | {floor.predicted()} | {time / 4:.1f}x | - |"
+    assert line.endswith(f"| fastret-tiled | {report.number(time)} {expected}")
+
+
+def test_floors_run_small_where_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("FASTRET_GPU_TESTS", "cpu")
+    for slow in ([], ["--slow"]):
+        assert command_line.main(["floors", "--budget", "0.001", "--output", str(tmp_path), *slow]) == 0
+    out = capsys.readouterr().out
+    for floor in FLOORS:
+        assert f"| {floor.predicted()} |" in out
+    assert len(list(tmp_path.glob("*.json"))) >= len({floor.op for floor in FLOORS})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -1,9 +1,10 @@
 """The compile gate: every Triton kernel in every configuration that is shipped, with each supported Triton.
 
 ``python tests/kernels/gate.py [FOLDER ...]`` (``make gate`` gives it the oldest supported Triton) runs aot.py --all
-in float32, bfloat16 and float16 with the installed Triton and with those in the folders, and writes docs/kernels.csv:
-registers, spilled bytes (VGPRs on AMD) and bytes of shared memory of each. It fails where a kernel spills or a compiler
-complains. The table names the hash of the sources it was made from, which the test suite compares with theirs.
+in float32, bfloat16, float16 and float64 with the installed Triton and with those in the folders, and writes
+docs/kernels.csv: registers, spilled bytes (VGPRs on AMD) and bytes of shared memory of each. It fails where a kernel
+spills or a compiler complains. The table names the hash of the sources it was made from, which the test suite compares
+with theirs.
 """
 
 import csv
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "kernels.csv"
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
 MEASURED = ("registers", "spilled", "shared")
 
 

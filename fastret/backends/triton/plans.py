@@ -11,6 +11,7 @@ FASTRET_TRITON_PLAN=fused|weights|strip decides otherwise, for measuring. FASTRE
 number with KiB, MiB or GiB; 128MiB where it is not set.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -45,8 +46,22 @@ def chosen() -> str:
     return _chosen
 
 
-def plan(width: int, held: int, *, tensor_cores: bool, asked: str = "auto") -> str:
-    """The plan for rows of a width, by counts (docs/performance.md).
+@contextlib.contextmanager
+def overriding(asked: str) -> Iterator[None]:
+    """Within the block, in any thread, this plan is asked for: for measuring it."""
+    global _chosen
+    before = _chosen
+    _chosen = asked
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def plan(
+    width: int, held: int, *, tensor_cores: bool, asked: str = "auto", measured: tuple[str, int] | None = None
+) -> str:
+    """The plan for rows of a width, by counts (docs/performance.md) or as measured.
 
     On tensor cores a fused gradient is bound by the rows that its low tiles read again and again, above NARROW by more
     than weights cost; what the ordinary units multiply is bound by products, which are fewest, and fastest, in strips
@@ -57,9 +72,13 @@ def plan(width: int, held: int, *, tensor_cores: bool, asked: str = "auto") -> s
         held: features that a program of the fused gradient holds; by ``config`` 128 of float32, 32 of float64.
         tensor_cores: whether they multiply these rows.
         asked: "auto", or the answer.
+        measured: the plan of wide rows, and from which width it is faster than "fused" on this GPU.
     """
     if asked != "auto":
         return asked
+    if measured is not None:
+        wide, least = measured
+        return wide if width >= least else "fused"
     if tensor_cores:
         return "weights" if width > NARROW else "fused"
     return "strip" if width > held else "fused"
@@ -69,7 +88,8 @@ def plan_for(rows: Tensor, kind: str) -> str:
     """``plan`` for packed rows whose fused gradient has this kind of tiles."""
     tensor_cores = rows.dtype.itemsize == 2 or config.precision(rows.dtype) == "tf32"
     held = config.held(kind, rows.device, rows.dtype)
-    return plan(padded(rows.shape[1]), held, tensor_cores=tensor_cores, asked=chosen())
+    measured = config.plan_of_wide_rows(kind, rows.device, rows.dtype)
+    return plan(padded(rows.shape[1]), held, tensor_cores=tensor_cores, asked=chosen(), measured=measured)
 
 
 def _rounded(fit: int, size: int, step: int) -> int:
