@@ -89,7 +89,7 @@ class SmoothAP(nn.Module):
 
     Cost for G positives a query: N M G sigmoids and one product of the rows forward, as many sigmoids and three
     products backward; where gallery = batch, half of those products. Memory: sorted copies of the rows; kept for
-    backward: two floats a positive pair. Nothing is N x N, where the official code is N x N x N.
+    backward: two floats a positive pair, on triton three. Nothing is N x N, where the official code is N x N x N.
 
     Args:
         anneal: temperature tau > 0 of the sigmoids, in units of the score; a 0-dim tensor receives a gradient.

@@ -2,8 +2,9 @@
 blocks that are stored (``plans``).
 
 Nothing here waits for the device: launch grids follow from shapes alone, and CUDA graphs can capture every call. Memory
-beyond inputs and outputs: sorted rows in their own dtype, their gradients in the dtype of accumulation, two numbers a
-positive pair. Where sums are divided into parts, a copy of them for each: in all at most BLOCK_M rows a multiprocessor.
+beyond inputs and outputs: sorted rows in their own dtype, their gradients in the dtype of accumulation, four numbers a
+positive pair; FASTRET_WORKSPACE where blocks are stored. Where sums are divided into parts, a copy of them for each: in
+all at most BLOCK_M rows for a program that is resident.
 """
 
 import math
