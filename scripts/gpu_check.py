@@ -4,10 +4,13 @@
 
 Every step is a group of processes with a time limit, so that one that hangs costs its own time alone: it is
 interrupted, and killed KILL_AFTER seconds later; what a step has written by then still counts. The limits of all steps
-together are below 9 minutes, and so are those of a part that runs alone, which has more for each.
-fastret runs from this checkout, which is put on PYTHONPATH: nothing is installed. Needs no package but those that
-fastret's build, tests and benchmarks need; where compute-sanitizer is missing, that step is skipped, and this is said.
-Where nvcc is, the CUDA C++ kernels have to build (FASTRET_CUDA=1); where it is not, the build's line says so.
+together are below 9 minutes, and so are those of a part that runs alone, which has more for each. What earlier steps
+leave of their time is for the next, up to what it has alone. What was not reached is listed at the end.
+fastret runs from this checkout, which is put on PYTHONPATH: nothing is installed, and nothing is written outside of it
+(compiled kernels and temporary files are in build/gpu-check, where a second run finds the kernels). Needs no package
+but those that fastret's build, tests and benchmarks need; where compute-sanitizer is missing, that step is skipped, and
+this is said. Where nvcc is, the CUDA C++ kernels have to build (FASTRET_CUDA=1); where it is not, the build's line says
+so. Where the build fails, it is tried without them, and Triton's kernels are tested all the same.
 
 FASTRET_GPU_TESTS=cpu tries the script without a GPU: the tests run small on the CPU, the other parts end in refusals.
 """
@@ -28,14 +31,17 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRATCH = ROOT / "build" / "gpu-check"
 PARTS = ("tests", "bench", "sanitize")
 TOTAL = 9 * 60  # seconds
+ENOUGH = 10  # seconds, with less than which no step is begun
+WORKERS = 12  # of pytest, each of which compiles kernels on a core and has some 500 MB of the GPU
 KILL_AFTER = 5  # seconds from the end of a limit, when pytest writes what it knows, to the signal that ends it
 
 # Small, and with a kernel of every kind, forward and backward; pytest -k looks within names: "topk" is pq_topk too.
@@ -77,9 +83,14 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 
 def _pytest(name: str, *arguments: str, spread: bool = False) -> tuple[str, ...]:
-    several = ("-n", "8") if spread and importlib.util.find_spec("xdist") else ()
+    workers = str(max(1, min(WORKERS, (os.cpu_count() or 1) - 2)))
+    several = ("-n", workers, "--dist", "worksteal") if spread and importlib.util.find_spec("xdist") else ()
     options = ("-v", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={{out}}/{name}.xml", *several)
     return _python("-m", "pytest", *options, *arguments)
+
+
+def _entries(name: str, chosen: str) -> tuple[str, ...]:
+    return _pytest(name, "-m", "gpu", "tests/gpu/test_every_entry.py", "-k", chosen, spread=True)
 
 
 def _bench(*arguments: str) -> tuple[str, ...]:
@@ -87,7 +98,8 @@ def _bench(*arguments: str) -> tuple[str, ...]:
 
 
 def _sanitized(tool: str) -> tuple[str, ...]:
-    options = (f"--log-file={{out}}/{tool}.log", "--error-exitcode=17", "--launch-timeout=60")
+    only = "--target-processes=application-only"  # not Triton's compilers
+    options = (f"--log-file={{out}}/{tool}.log", "--error-exitcode=17", "--launch-timeout=60", only)
     entries = ("tests/gpu/test_every_entry.py", "-k", f"test_values_and_gradients and ({SANITIZED}) and bf16")
     separately = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # from a shared block, a tensor's neighbour could be read
     return (*separately, "compute-sanitizer", f"--tool={tool}", *options, *_pytest(tool, *entries))
@@ -95,36 +107,14 @@ def _sanitized(tool: str) -> tuple[str, ...]:
 
 def steps() -> list[Step]:
     """All there are, what is quick and what others rely on first."""
-    entries = "tests/gpu/test_every_entry.py"
     triton = sorted(f"tests/backends/{file.name}" for file in (ROOT / "tests/backends").glob("test_triton_*.py"))
     large = _pytest("scale", "-m", "gpu", "tests/gpu/test_scale.py")
     return [
         Step("build", "build", 70, 190, _python("setup.py", "-q", "build_ext", "--inplace")),
         # In the round of all, two dtypes stand for four, and values come before what is done with them.
-        Step(
-            "tests: values",
-            "tests",
-            80,
-            100,
-            _pytest("values", "-m", "gpu", entries, "-k", _VALUES, spread=True),
-            "values.xml",
-        ),
-        Step(
-            "tests: other dtypes",
-            "tests",
-            None,
-            60,
-            _pytest("dtypes", "-m", "gpu", entries, "-k", _OTHER_DTYPES, spread=True),
-            "dtypes.xml",
-        ),
-        Step(
-            "tests: graphs, waits, streams",
-            "tests",
-            60,
-            60,
-            _pytest("calls", "-m", "gpu", entries, "-k", "not test_values", spread=True),
-            "calls.xml",
-        ),
+        Step("tests: values", "tests", 80, 100, _entries("values", _VALUES), "values.xml"),
+        Step("tests: other dtypes", "tests", None, 60, _entries("dtypes", _OTHER_DTYPES), "dtypes.xml"),
+        Step("tests: graphs, waits, streams", "tests", 60, 60, _entries("calls", "not test_values"), "calls.xml"),
         Step("tests: large sizes", "tests", 50, 50, large, "scale.xml"),
         Step("tests: kernels", "tests", None, 40, _pytest("kernels", *triton, spread=True), "kernels.xml"),
         Step("time of kernels", "bench", 35, 60, _bench("kernels"), "kernels.json"),
@@ -140,7 +130,7 @@ class Outcome:
     """What became of a step.
 
     Attributes:
-        status: "ok", "failed", "timed out" or "skipped".
+        status: "ok", "failed", "timed out", "skipped", "interrupted" or "not reached".
         detail: what there is to say of it in a line.
         command: as it was run.
         output: its last lines, where it is not ok.
@@ -169,6 +159,7 @@ class Report:
     kernels: list[Any] = field(default_factory=list)
     benchmarks: list[Any] = field(default_factory=list)
     sanitizer: dict[str, Any] = field(default_factory=dict)
+    not_reached: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -179,7 +170,8 @@ class Report:
         width = max((len(outcome.name) for outcome in self.outcomes), default=0)
         lines = [f"{o.name:{width}}  {o.status:9}  {o.seconds:6.1f} s  {o.detail}".rstrip() for o in self.outcomes]
         gpu = self.machine.get("gpu", "none")
-        return "\n".join([f"GPU: {gpu}; commit {self.commit}", *lines, "passed" if self.passed else "FAILED"])
+        missed = [f"not reached: {'; '.join(self.not_reached)}"] if self.not_reached else []
+        return "\n".join([f"GPU: {gpu}; commit {self.commit}", *lines, *missed, "passed" if self.passed else "FAILED"])
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +259,11 @@ def environment() -> dict[str, str]:
     """fastret, and the package of the benchmarks, are those of this checkout. Where nvcc is, its part has to build."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     insist = {"FASTRET_CUDA": "1"} if nvcc() else {}
-    return {**insist, **os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+    names = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TMPDIR": "tmp"}
+    folders = {name: str(SCRATCH / folder) for name, folder in names.items()}
+    few = {"OMP_NUM_THREADS": "4", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # there are several workers
+    given = {**insist, **few, **os.environ, **folders}
+    return {**given, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 
 
 def nvcc() -> str | None:
@@ -306,7 +302,7 @@ def without_places(text: str, out: Path) -> str:
         str(Path.home()): "~",
     }
     for place, name in places.items():
-        text = text.replace(place, name)
+        text = text.replace(place, name) if len(place) > 1 else text
     return text
 
 
@@ -360,15 +356,15 @@ def run_step(step: Step, seconds: int, out: Path) -> Outcome:
                 file.write(line)
                 print(line, end="", flush=True)
             code = done.wait()
-        except BaseException:  # Ctrl-C is not sent to a session of its own
+            status = "timed out" if limit.passed else "ok" if code == 0 else "failed"
+        except KeyboardInterrupt:  # is not sent to a session of its own
             os.killpg(done.pid, signal.SIGKILL)
-            raise
+            status = "interrupted"
         finally:
             limit.cancel()
     took, text = time.monotonic() - start, log.read_text()
-    status = "timed out" if limit.passed else "ok" if code == 0 else "failed"
     tail = "" if status == "ok" else without_places("\n".join(text.splitlines()[-30:]), out)
-    detail = tests_that_ran(text) if limit.passed else ""
+    detail = tests_that_ran(text) if status in ("timed out", "interrupted") else ""
     return Outcome(step.name, step.part, status, round(took, 1), detail, shown, tail)
 
 
@@ -416,8 +412,22 @@ def plan(part: str | None) -> list[tuple[Step, int]]:
     return [(step, step.alone) for step in steps() if step.part in ("build", part)]
 
 
+def without_cuda(step: Step) -> Step:
+    """The build of the rest, where that of the CUDA C++ kernels fails."""
+    return replace(step, name="build without CUDA C++", command=("env", "FASTRET_CUDA=0", *step.command))
+
+
+def room(k: int, planned: list[tuple[Step, int]], left: float) -> int:
+    """Seconds for the k-th step of ``left``: its own, and what those after it do not have, up to what it has alone.
+    What an earlier one took too much is missing at the end."""
+    step, share = planned[k]
+    later = sum(seconds + KILL_AFTER for _, seconds in planned[k + 1 :])
+    return int(min(max(share, min(step.alone, left - later - KILL_AFTER)), left - KILL_AFTER))
+
+
 def check(part: str | None, output: Path) -> Report:
-    """Runs a part, or all of them. Where the build fails, the rest is not run: it would be of something older."""
+    """Runs a part, or all of them."""
+    begin = time.monotonic()
     report = Report(
         datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit(),
@@ -426,15 +436,31 @@ def check(part: str | None, output: Path) -> Report:
         list(PARTS) if part is None else [part],
     )
     remove_extension()
-    with tempfile.TemporaryDirectory() as folder:
-        for step, seconds in plan(part):
-            outcome = run_step(step, seconds, Path(folder))
-            report.outcomes.append(outcome)
-            if step.part == "build":
-                outcome.detail = "" if nvcc() else "no nvcc here: without the CUDA C++ kernels"
-            collect(step, outcome, Path(folder), report)
-            file = report.save(output)  # after each step: a machine may be taken away
-            if step.part == "build" and outcome.status != "ok":
+    planned = plan(part)
+    if part is None:
+        report.not_reached = [f"{step.name} (only with --part {step.part})" for step in steps() if step.limit is None]
+    (SCRATCH / "tmp").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+        for k, (step, _) in enumerate(planned):
+            todo = [step]
+            while todo:
+                now = todo.pop()
+                seconds = room(k, planned, TOTAL - (time.monotonic() - begin))
+                outcome = Outcome(now.name, now.part, "not reached", 0.0)
+                if seconds >= min(ENOUGH, planned[k][1]):
+                    outcome = run_step(now, seconds, Path(folder))
+                report.outcomes.append(outcome)
+                if step.part == "build" and outcome.status in ("failed", "timed out") and now is step:
+                    todo.append(without_cuda(step))
+                elif step.part == "build":
+                    outcome.detail = "" if nvcc() else "no nvcc here: without the CUDA C++ kernels"
+                collect(now, outcome, Path(folder), report)
+                if outcome.status in ("timed out", "interrupted", "not reached"):
+                    report.not_reached.append(f"{now.name} ({outcome.detail or outcome.status})")
+                file = report.save(output)  # after each step: a machine may be taken away
+            if outcome.status == "interrupted":
+                report.not_reached += [later.name for later, _ in planned[k + 1 :]]
+                file = report.save(output)
                 break
     print(f"\n{report.table()}\nwritten: {file.name}", flush=True)
     return report
@@ -450,7 +476,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step, seconds in plan(arguments.part):
             print(f"{step.part:9} {seconds:4} s  {' '.join(step.shell(Path('OUT')))}")
         return 0
-    if (reason := cannot_be_written(ROOT, ROOT / "fastret", arguments.output)) is not None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is known is written
+    if (reason := cannot_be_written(ROOT / "fastret", SCRATCH, arguments.output)) is not None:
         print(f"gpu_check: {reason}. It builds inside the checkout: copy it, or give --output", file=sys.stderr)
         return 2
     return 0 if check(arguments.part, arguments.output).passed else 1

@@ -101,6 +101,7 @@ def test_every_kind_has_a_workload(architecture: str) -> None:
 
 def test_a_workload_runs_the_kernels_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever plan its width would have, each looks its kind up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     looked_up: list[str] = []
     plain = config.lookup
 
@@ -111,7 +112,7 @@ def test_a_workload_runs_the_kernels_of_its_kind(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(config, "lookup", lookup)
     for kind, workload in tune.WORKLOADS.items():
         looked_up.clear()
-        call = workload.make(torch.bfloat16, 80, torch.device("cpu"), 16)
+        call = workload.make(torch.bfloat16, 80, device, 16)
         with tune.plans.overriding(workload.plan):
             call("triton")
         assert kind in looked_up

@@ -12,6 +12,7 @@ from fastret.backends.triton import plans
 from fastret.ops import Head, PairMask, masked_lse, masked_lse_sum
 
 F32 = torch.float32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLANS = ("fused", "weights", "strip")
 # numpy, which interprets, warns of what overflows
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -24,7 +25,7 @@ def implementations() -> list[tuple[str, str]]:
 
 
 def serves(impl: str) -> bool:
-    return registry.IMPLEMENTATIONS[impl].unsupported(Call("masked_lse", "cpu", F32)) is None
+    return registry.IMPLEMENTATIONS[impl].unsupported(Call("masked_lse", DEVICE, F32)) is None
 
 
 def rows_with(*places: int, count: int, large: float, seed: int) -> Tensor:
@@ -32,7 +33,7 @@ def rows_with(*places: int, count: int, large: float, seed: int) -> Tensor:
     rows = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
     rows[:, 0] = 0
     rows[list(places), 0] = large
-    return rows
+    return rows.to(DEVICE)
 
 
 def found(x: Tensor, y: Tensor, head: Head, impl: str, weight: Tensor | None = None) -> list[Tensor]:
@@ -56,11 +57,10 @@ def test_infinite_logits(
     monkeypatch.setattr("fastret.backends.workspace._workspace", "1KiB")
     x, y = rows_with(2, 33, count=39, large=large, seed=0), rows_with(3, 20, 36, count=41, large=large, seed=1)
     x[5, 0] = -large  # -inf counts nothing
-    allowed = (
-        torch.arange(39) % 34,
-        torch.where(torch.arange(41) == 4, -1, 33),
-    )  # row 33 meets one column
-    for mask in (PairMask(), PairMask(different=allowed)):
+    # row 33 meets one column, a finite one
+    own, others = torch.arange(39) % 34, torch.where(torch.arange(41) == 4, -1, 33)
+    alone = PairMask(different=(own.to(DEVICE), others.to(DEVICE)))
+    for mask in (PairMask(), alone):
         head = Head(scale, mask, axis=axis)
         expected = found(x, y, head, "reference")
         got = found(x, y, head, impl)
@@ -77,7 +77,7 @@ def test_infinite_logits(
 def test_an_infinite_sum(impl: str, columns: int) -> None:
     """In the sweep that has loss and gradients from one product too."""
     x, y = rows_with(2, count=39, large=1e20, seed=0), rows_with(3, 20, columns - 5, count=columns, large=1e20, seed=1)
-    weight = torch.linspace(0.5, 1, 39)
+    weight = torch.linspace(0.5, 1, 39, device=DEVICE)
     expected = found(x, y, Head(1.0), "reference", weight)
     assert expected[0] == math.inf
     for a, e in zip(found(x, y, Head(1.0), impl, weight), expected, strict=True):

@@ -127,13 +127,64 @@ def test_steps_are_run_and_written(
     assert out.splitlines()[-2] == "FAILED"
 
 
-def test_nothing_is_tested_on_what_was_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        script, "steps", lambda: [step("build", "build", "raise SystemExit(1)"), step("t", "tests", "")]
-    )
+def test_a_failing_build_is_tried_without_cuda_and_the_rest_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken compiler must not cost Triton's kernels their time on a GPU."""
+    builds = "import os; raise SystemExit(os.environ.get('FASTRET_CUDA') != '0')"
+    monkeypatch.delenv("FASTRET_CUDA", raising=False)
+    monkeypatch.setattr(script, "steps", lambda: [step("build", "build", builds), step("t", "tests", "")])
     report = script.check("tests", tmp_path)
-    assert [outcome.name for outcome in report.outcomes] == ["build"]
+    assert [(outcome.name, outcome.status) for outcome in report.outcomes] == [
+        ("build", "failed"),
+        ("build without CUDA C++", "ok"),
+        ("t", "ok"),
+    ]
     assert not report.passed
+
+
+def test_time_that_is_left_over_is_the_next_steps() -> None:
+    first, second = (script.Step(name, "tests", 40, 90, ()) for name in ("a", "b"))
+    planned = [(first, 40), (second, 40)]
+    kill = script.KILL_AFTER
+    assert script.room(0, planned, 80 + 2 * kill) == 40
+    assert script.room(0, planned, 100 + 2 * kill) == 60
+    assert script.room(0, planned, 500) == 90
+    assert script.room(1, planned, 70) == 65  # an earlier one was quick
+    assert script.room(0, planned, 60) == 40  # an earlier one was slow: the last has less
+    assert script.room(1, planned, 20) == 15
+
+
+def test_what_was_not_reached_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that the round of all leaves out, those that time ran out for, and what is left when it is interrupted."""
+    stops = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+
+    def steps() -> list[object]:
+        return [
+            step("build", "build", ""),
+            script.Step("rare", "tests", None, 5, ()),
+            step("long", "tests", "import time; time.sleep(60)", 1),
+            step("stopped", "bench", stops, 9),
+            step("last", "sanitize", ""),
+        ]
+
+    monkeypatch.setattr(script, "steps", steps)
+    report = script.check(None, tmp_path)
+    assert [o.status for o in report.outcomes] == ["ok", "timed out", "interrupted"]
+    assert report.not_reached == ["rare (only with --part tests)", "long (timed out)", "stopped (interrupted)", "last"]
+    assert "not reached: rare (only with --part tests); long" in report.table()
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["not_reached"] == report.not_reached
+    monkeypatch.setattr(script, "TOTAL", 3)
+    assert {o.status for o in script.check(None, tmp_path / "later").outcomes[1:]} == {"not reached"}
+
+
+def test_nothing_is_written_outside_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Homes may be read-only and /tmp small: caches and temporary files have folders below build."""
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    given = script.environment()
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TMPDIR"):
+        assert Path(given[name]).is_relative_to(script.ROOT / "build"), name
 
 
 def test_a_gpu_that_the_sanitizer_does_not_know_is_no_failure(tmp_path: Path) -> None:
