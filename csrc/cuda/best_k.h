@@ -5,6 +5,7 @@
 // bitonic sort of the new ones, the greater of each pair of opposite ends, and the last stages of a sort of what is
 // kept. A query of N candidates in random order appends about k (1 + ln(N / k)) of them.
 #pragma once
+#include "bitonic.h"
 #include "candidate.h"
 
 namespace fastret {
@@ -94,18 +95,11 @@ template <int kQueries, int kThreads> class BestK {
     count_[q] = 0;
   }
 
-  // A stage of a bitonic network over the half of a query's keys that begins at `half`: ascending where the bit `size`
-  // of a place is not set; size 0: descending.
+  // A stage over the half of a query's keys that begins at `half`.
   __device__ void exchange(int half, int stride, int size) const {
     for (int pair = threadIdx.x; pair < kQueries * places_ / 2; pair += kThreads) {
       const int q = pair / (places_ / 2), within = pair % (places_ / 2);
-      const int low = 2 * within - (within & (stride - 1)), at = q * 2 * places_ + half + low;
-      const uint64_t a = key_[at], b = key_[at + stride];
-      const bool ascending = size > 0 && (low & size) == 0;
-      if ((a > b) == ascending) {
-        key_[at] = b;
-        key_[at + stride] = a;
-      }
+      compare_exchange(key_ + (q * 2 * places_ + half), low_of(within, stride), stride, size);
     }
     __syncthreads();
   }

@@ -12,20 +12,26 @@ template <int kTeam> __device__ void team_wait() {
   else __syncthreads();
 }
 
+// A pair of a stage of a bitonic network over a power of two of keys: the lower of its two places. Stretches of `size`
+// places ascend where the bit `size` of a place is not set; size 0: all of them descend.
+__device__ inline int low_of(int pair, int stride) { return 2 * pair - (pair & (stride - 1)); }
+__device__ inline void compare_exchange(const Shared<uint64_t>& key, int low, int stride, int size) {
+  const uint64_t a = key[low], b = key[low + stride];
+  const bool ascending = size > 0 && (low & size) == 0;
+  if ((a > b) == ascending) {
+    key[low] = b;
+    key[low + stride] = a;
+  }
+}
+
 // Ascending, kPlaces keys, a power of two; `thread` counts within the team, which must wait before it and need not after.
 // from: stretches of from / 2 keys ascend and descend in turns already; with from = kPlaces one bitonic sequence is left.
 template <int kTeam, int kPlaces>
 __device__ void bitonic_sort(const Shared<uint64_t>& key, int thread, int from = 2) {
   for (int size = from; size <= kPlaces; size *= 2)
     for (int stride = size / 2; stride > 0; stride /= 2) {
-      for (int pair = thread; pair < kPlaces / 2; pair += kTeam) {
-        const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
-        const uint64_t a = key[low], b = key[high];
-        if ((a > b) == ((low & size) == 0)) {
-          key[low] = b;
-          key[high] = a;
-        }
-      }
+      for (int pair = thread; pair < kPlaces / 2; pair += kTeam)
+        compare_exchange(key, low_of(pair, stride), stride, size);
       team_wait<kTeam>();
     }
 }

@@ -130,10 +130,16 @@ def _topk(x: Tensor, y: Tensor, *, impl: str) -> Results:
     return scores, (x[:, None].to(F64) - y[place].to(F64)).square().sum(2)
 
 
-def _pq_topk(x: Tensor, codebook: Tensor, *, impl: str) -> Results:
-    scores, place = ops.pq_topk(x, codebook, CODES, k=5, impl=impl)
+def _pq_topk(x: Tensor, codebook: Tensor, *, impl: str, table_dtype: torch.dtype = torch.float32) -> Results:
+    scores, place = ops.pq_topk(x, codebook, CODES, k=5, table_dtype=table_dtype, impl=impl)
     words = codebook[torch.arange(BOOKS, device=DEVICE), CODES[place].long()].to(F64)
     return scores, (x.to(F64).view(N, 1, BOOKS, -1) - words).square().sum((2, 3))
+
+
+def _half_tables(x: Tensor, codebook: Tensor, *, impl: str) -> Results:
+    """Of eighths, whose distances are exact before they are rounded, and so rounded alike."""
+    x, codebook = ((8 * t).round() / 8 for t in (x, codebook))
+    return _pq_topk(x, codebook, impl=impl, table_dtype=torch.float16)[:1]
 
 
 def _knn_vote(scores: Tensor, *, impl: str) -> Results:
@@ -218,6 +224,7 @@ CASES: dict[str, Case] = {
     ),
     "topk": Case("topk", two, _topk, learned=0, selects=True),
     "pq_topk": Case("pq_topk", subspaces, _pq_topk, learned=0, selects=True),
+    "pq_topk, half tables": Case("pq_topk", subspaces, _half_tables, learned=0, selects=True),
     "knn_vote": Case("knn_vote", lambda: [rows(N, 7, seed=5)], _knn_vote, learned=0, traced=False),
     "update_rows": Case("update_rows", lambda: [rows(N, seed=5), rows(M, seed=6)], _updated, learned=0),
     "segment_mean": Case("segment_mean", one, lambda x, impl: ops.segment_mean(x, OWN, CLASSES, impl=impl)[0]),
