@@ -86,6 +86,19 @@ def pack_padded(x: Tensor, order: Tensor | slice | None, normalize: bool, nothin
     return PackedRows(rows[:, :width], order, norms)
 
 
+def lies_packed(x: Tensor) -> bool:
+    """Whether rows lie in memory as packed ones do."""
+    width = x.shape[1]
+    return x.stride() == (width, 1) and width % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
+
+
+def in_place(x: Tensor, nothing: Tensor | None = None) -> PackedRows:
+    """x that ``lies_packed`` with its norms; nothing is copied."""
+    norms = torch.empty(len(x), dtype=accumulation_dtype(x.dtype), device=x.device)
+    _pack(x, None, None, norms, nothing)
+    return PackedRows(x, None, norms, raw=True)
+
+
 def look(x: Tensor, nothing: Tensor) -> None:
     """Makes ``nothing`` NaN where x holds NaN or infinity."""
     _pack(x, None, None, None, nothing)
