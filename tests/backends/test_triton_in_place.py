@@ -39,10 +39,10 @@ def heads(kind: str, dtype: torch.dtype) -> list[Head]:
     }[kind]()
 
 
-def losses(x: Tensor, y: Tensor, given: list[Head], impl: str) -> list[Tensor]:
+def losses(x: Tensor, y: Tensor, given: list[Head], impl: str, *, normalize: bool = True) -> list[Tensor]:
     """Results and gradients of rows, scales and biases, of upstream gradients that differ."""
     x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    found = [t for pair in masked_lse(x, y, heads=given, impl=impl) for t in pair]
+    found = [t for pair in masked_lse(x, y, heads=given, normalize=normalize, impl=impl) for t in pair]
     learned = [t for h in given for t in (h.scale, h.column_bias) if isinstance(t, Tensor)]
     upstream = [torch.linspace(-1, 2, len(f), dtype=f.dtype, device=DEVICE) + k for k, f in enumerate(found)]
     depend = [k for k, f in enumerate(found) if f.requires_grad]  # no score without a target does
@@ -67,9 +67,9 @@ def read_in_place(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found: list[Tensor] = []
     original = backend.in_place
 
-    def watched(y: Tensor, nothing: Tensor | None = None) -> Any:
+    def watched(y: Tensor, *arguments: Any) -> Any:
         found.append(y)
-        return original(y, nothing)
+        return original(y, *arguments)
 
     monkeypatch.setattr(backend, "in_place", watched)
     return found
@@ -132,16 +132,29 @@ def test_one_sweep_and_sums(request: pytest.FixtureRequest, read_in_place: list[
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_raw_scores(request: pytest.FixtureRequest, read_in_place: list[Tensor], plan: str) -> None:
+    request.getfixturevalue(plan)
+    x, y = rows(N, WIDTH), rows(M, WIDTH, seed=6)
+    given = heads("softmax", F64)
+    actual = losses(x, y, given, "triton", normalize=False)
+    assert len(read_in_place) == 2
+    for a, e in zip(actual, losses(x, y, given, "reference", normalize=False), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_reach_every_result(bad: float) -> None:
+def test_nan_and_infinity_reach_every_result(bad: float, normalize: bool) -> None:
     x, y = rows(N, WIDTH).float(), rows(M, WIDTH, seed=6).float()
     y[M - 1, WIDTH - 1] = bad
-    for t in losses(x, y, [Head(2.0, PairMask(same=(labels(N, 7), classes())), Indexed(labels(N, M)))], "triton"):
+    masked = [Head(2.0, PairMask(same=(labels(N, 7), classes())), Indexed(labels(N, M)))]
+    for t in losses(x, y, masked, "triton", normalize=normalize):
         assert t.isnan().all()
 
 
 def test_what_is_copied_still(read_in_place: list[Tensor]) -> None:
-    """Few columns, columns apart, a width that is padded, thresholds, raw scores, float16."""
+    """Few columns, columns apart, a width that is padded, thresholds, prefixes, float16 to be normalised."""
     x, y = rows(N, WIDTH).float(), rows(M, WIDTH, seed=6).float()
     plain = [Head(2.0)]
 
@@ -153,11 +166,11 @@ def test_what_is_copied_still(read_in_place: list[Tensor]) -> None:
     run(x[:, :21].contiguous(), y[:, :21].contiguous())
     run(x, y, [Head(2.0, PairMask(above=torch.zeros(N, device=DEVICE)))])
     run(x, y, [Head(2.0, width=16)])
-    run(x, y, normalize=False)
     run(x.half(), y.half())
     assert not read_in_place
     run(x, y)
-    assert len(read_in_place) == 1
+    run(x.half(), y.half(), normalize=False)
+    assert len(read_in_place) == 2
 
 
 class Memory(TorchDispatchMode):

@@ -3,8 +3,8 @@
 Forward multiplies the rows once for each head; backward once for two heads of a feature width, and once more for the
 columns of a gallery; ``sweep`` does both with rows that are laid out once. Nothing here waits for the device: launch
 grids follow from shapes alone, and CUDA graphs can capture every call. Memory beyond inputs and outputs: rows in their
-own dtype, their gradients in the dtype of accumulation, O(N + M) for each head; where sums are divided into parts, a
-copy of them for each.
+own dtype, but for columns that are many and lie as the kernels want them, which are read there; gradients of rows in
+the dtype of accumulation; O(N + M) for each head; where sums are divided into parts, a copy of them for each.
 """
 
 import functools
@@ -195,8 +195,8 @@ def _problems(
 
     for width in dict.fromkeys(head.width for head in heads):
         u = pack(x, width)
-        raw = y is not None and normalize and _stays(x, y, heads)
-        v = u if y is None else in_place(y, nothing) if raw else pack(y, width)
+        stays = y is not None and _stays(x, y, heads, normalize)
+        v = u if y is None else in_place(y, normalize, nothing) if stays else pack(y, width)
         places = [k for k, head in enumerate(heads) if head.width == width]
         for first in range(0, len(places), HEADS):
             these = places[first : first + HEADS]
@@ -205,11 +205,12 @@ def _problems(
             yield _Problem(u, v, chosen, these, heavy, first_column, columns)
 
 
-def _stays(x: Tensor, y: Tensor, heads: Sequence[Head]) -> bool:
-    """Whether columns that are to be normalised are read where they lie: a parameter, not a batch. Thresholds compare
-    scores that other ops find too, of copies; and quotients of weights leave the range of float16."""
+def _stays(x: Tensor, y: Tensor, heads: Sequence[Head], normalize: bool) -> bool:
+    """Whether columns are read where they lie: a parameter, not a batch. Thresholds compare scores that other ops find
+    too, of copies; and weights over norms leave the range of float16."""
     whole = all(head.width is None and not by_threshold(head) for head in heads)
-    return len(y) > FEW * len(x) and whole and y.dtype != torch.float16 and lies_packed(y)
+    exact = not (normalize and y.dtype == torch.float16)
+    return len(y) > FEW * len(x) and whole and exact and lies_packed(y)
 
 
 def unsupported(call: Call) -> str | None:
@@ -268,7 +269,7 @@ def sweep(
         ((lse, t),) = _results(x, y, [head], problems, nothing)
         weight = row_weight.contiguous()
         empty = (weight == 0) & (lse == -torch.inf)
-        value = (weight * torch.where(empty, 0 * t, lse - t)).sum()
+        value = (weight * torch.where(empty, t, lse - t)).sum()
         upstream = [(lse, weight, -weight)] if any(need) else []
         problems = problems if any(need) else []
         return value, _gradients(x, y, [head], problems, upstream, nothing, need, nothing.dtype)

@@ -31,7 +31,7 @@ class PackedRows:
 
     Attributes:
         rows: (n, D), ``padded`` width apart.
-        raw: they are the caller's own, not divided by their norms: the kernels do that with their scores.
+        raw: they are not divided by their norms: kernels do that with their scores.
     """
 
     rows: Tensor
@@ -92,11 +92,11 @@ def lies_packed(x: Tensor) -> bool:
     return x.stride() == (width, 1) and width % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
 
 
-def in_place(x: Tensor, nothing: Tensor | None = None) -> PackedRows:
-    """x that ``lies_packed`` with its norms; nothing is copied."""
-    norms = torch.empty(len(x), dtype=accumulation_dtype(x.dtype), device=x.device)
+def in_place(x: Tensor, normalize: bool, nothing: Tensor | None = None) -> PackedRows:
+    """x that ``lies_packed``, with its norms where it is to be normalised; it is not copied."""
+    norms = torch.empty(len(x), dtype=accumulation_dtype(x.dtype), device=x.device) if normalize else None
     _pack(x, None, None, norms, nothing)
-    return PackedRows(x, None, norms, raw=True)
+    return PackedRows(x, None, norms, raw=normalize)
 
 
 def look(x: Tensor, nothing: Tensor) -> None:
