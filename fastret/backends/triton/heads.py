@@ -28,8 +28,8 @@ def arguments(
         tl.constexpr(head.target is not None or head.smoothing > 0),
         tl.constexpr(head.axis),
         tl.constexpr(head.reduce),
-        *(upstream or (None, None, None)),
-        norms,
+        *(upstream or ()),
+        norms=norms,
     )
 
 
