@@ -20,6 +20,10 @@ TRANSPOSED gives programs that own columns the tile (rows, columns) that those o
 P then see the same rounding of a score, which would else not cancel in l - lse. Masks by threshold need the same bits
 in every launch, and so tiles that are as high as wide, everywhere the same.
 
+Columns may lie in memory as they are, M much larger than N and never copied: a head then has their norms n, and
+
+    s_ij = <u_i, y_j> / n_j,      T_ij = dS_ij / n_j,      du = T y,      T^T u = the gradient of unit y, over n
+
 The other two plans store T for a block of rows and columns, and the caller multiplies it: ``masked_lse_weights_kernel``
 makes it of rows, or where v is None of scores that the strip plan stores, as ``masked_lse_kernel`` then reads them.
 """
@@ -27,7 +31,7 @@ makes it of rows, or where v is None of scores that the strip plan stores, as ``
 import triton
 import triton.language as tl
 
-from fastret.kernels.triton.pairs import allowed, logits, pair_weights, target_weights
+from fastret.kernels.triton.pairs import allowed, logits, over_norms, pair_weights, target_weights
 from fastret.kernels.triton.pairwise import (
     LN2,
     add_weighted_rows,
@@ -102,6 +106,7 @@ def masked_lse_kernel(
         s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, PRECISION, BLOCK_K)
         i = own[:, None] if head.axis == "row" else other[None, :]
         j = other[None, :] if head.axis == "row" else own[:, None]
+        s = over_norms(head, s, j)
         z = logits(head, s, i, j)
         ok = allowed(head.mask, s, i, j, first_column, valid)
         if head.reduce == "lse":
@@ -177,7 +182,9 @@ def masked_lse_gradient_kernel(
         other = low + tl.arange(0, BLOCK_N)
         valid = (other < m)[None, :]
         other = tl.minimum(other, m - 1)
+        column = other[None, :] if ROWS else own[:, None]  # which may have norms where there are rows beside them
         s = own_tile(u, v, own, other, width, dtype, TRANSPOSED, PRECISION, BLOCK_K)
+        s = over_norms(heads[0], s, column)
         t = tl.zeros_like(s)
         for k in tl.static_range(HEADS):
             if ROWS:
@@ -195,7 +202,7 @@ def masked_lse_gradient_kernel(
                 if not ROWS and score_sums is not None:
                     of_scores = add_to_slot(of_scores, tl.sum(w * s, 1), k)
         if du is not None:
-            total = add_weighted_rows(total, t, v, other, feature, width, PRECISION)
+            total = add_weighted_rows(total, over_norms(heads[0], t, column), v, other, feature, width, PRECISION)
     if du is not None:
         target = du + (tl.program_id(2).to(tl.int64) * n + own)[:, None] * width + feature[None, :]
         tl.store(target, total, mask=exists[:, None] & (feature < width)[None, :])
@@ -231,6 +238,7 @@ def masked_lse_weights_kernel(
             s = tl.load(u + own.to(tl.int64)[:, None] * width + other[None, :], mask=there, other=0.0)
         else:
             s = dot_tile(u, v, own, column, width, dtype, PRECISION, BLOCK_K)
+        s = over_norms(heads[0], s, column[None, :])
         t = tl.zeros_like(s)
         for k in tl.static_range(HEADS):
             w = pair_weights(heads[k], s, own[:, None], column[None, :], first_column, there)
@@ -243,6 +251,7 @@ def masked_lse_weights_kernel(
                 target = column_sums + (tl.program_id(0) * HEADS + k).to(tl.int64) * m + other
                 tl.store(target, tl.sum(w, 0), mask=other < m)
         if weights is not None:
+            t = over_norms(heads[0], t, column[None, :])
             if unit is not None:
                 t = t * tl.load(unit)
             place = own.to(tl.int64)[:, None] * stride + other[None, :]

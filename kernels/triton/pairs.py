@@ -54,7 +54,8 @@ class Head(NamedTuple):
 
     Y is keep times the target plus uniform, where those are given; scored, a constexpr: whether it is anything but 0.
     reduce, a constexpr: "lse" or the name of a phi, whose sum then takes the place of the lse. lse and its and the
-    target score's upstream gradient are those of backward, one per row or column by the axis.
+    target score's upstream gradient are those of backward, one per row or column by the axis. norms: of columns that
+    lie in memory as they are; the same for all heads of a launch.
     """
 
     scale: Any
@@ -70,6 +71,7 @@ class Head(NamedTuple):
     lse: Any = None
     grad_lse: Any = None
     grad_target: Any = None
+    norms: Any = None
 
 
 @triton.jit
@@ -98,6 +100,15 @@ def allowed(mask, s, i, j, first_column, valid):
     if mask.below is not None:
         ok = ok & (s < tl.load(mask.below + i))
     return ok
+
+
+@triton.jit
+def over_norms(head, t, j):
+    """A tile over the norms of its columns j where the head has any: scores of rows as they are become those of unit
+    rows, and weights of unit rows those of rows as they are."""
+    if head.norms is not None:
+        t = t * (1.0 / tl.load(head.norms + j))
+    return t
 
 
 @triton.jit

@@ -102,7 +102,23 @@ def test_rows_are_laid_out_once_a_step(launched: Counter[str]) -> None:
         backend.sweep(x, y, head, weight, **options, need=Need(True, True, False, False, False))
     assert launched.total() == 7
     assert launched["pack_kernel"] == 2, "one normalisation a side"
-    assert operators.count.total() <= 14, operators.count
+    assert operators.count.total() <= 13, operators.count
+
+
+def test_proxies_are_not_copied(launched: Counter[str]) -> None:
+    """Their norms take the place of a copy, and no launch more."""
+    x, y, weight = torch.randn(ROWS, 32), torch.randn(CLASSES, 32), torch.ones(ROWS)
+    x, y, weight = (t.to(DEVICE) for t in (x, y, weight))
+    options = {"normalize": True, "first_column": 0, "columns": CLASSES}
+    with Operators() as operators:
+        need = Need(True, True, False, False, False)
+        _, gradients = backend.sweep(x, y, Head(18.0, target=Shifted()), weight, **options, need=need)
+    assert gradients.y is not None
+    assert launched == {
+        **{"masked_lse_kernel": 1, "masked_lse_gradient_kernel": 2},
+        **{"pack_kernel": 2, "unpack_kernel": 2},
+    }
+    assert operators.count.total() <= 13, operators.count
 
 
 def orders() -> dict[str, Callable[[int], Sequence[int]]]:

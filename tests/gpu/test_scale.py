@@ -206,14 +206,15 @@ def test_memory_of_smooth_ap(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", implementations("masked_lse"))
 def test_memory_of_proxies(impl: str) -> None:
-    """No B x C logits, which are 32 times as large as the proxies. Counted, in copies of the proxies (256 MiB): unit
-    rows, their gradient, what projects it and its result, and the gradient of the proxies: 5, and numbers a class,
-    1/4. With the workspace, another copy would be too much."""
+    """No B x C logits, which are 32 times as large as the proxies. Counted, in copies of the proxies (256 MiB): their
+    gradient, and without kernels of ours unit rows, their gradient, what projects it and its result: 1 or 5, and
+    numbers a class, 1/4. With the workspace, another copy would be too much."""
     batch, count = (2048, 1 << 20) if ON_GPU else (32, 64)
     x, proxies = random(batch, 64, seed=1).requires_grad_(), random(count, 64, seed=2).requires_grad_()
     labels = torch.arange(batch, device=DEVICE) % count
     used = peak(lambda: torch.autograd.grad(F.proxy_nca(x, proxies, labels, impl=impl), (x, proxies)))
-    assert used <= WORKSPACE + 5.25 * count * 64 * 4, f"{used / MIB:.0f} MiB"
+    copies = 1.25 if impl == "triton" else 5.25
+    assert used <= WORKSPACE + copies * count * 64 * 4, f"{used / MIB:.0f} MiB"
 
 
 @pytest.mark.parametrize("impl", implementations("soft_assign"))

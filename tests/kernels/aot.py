@@ -185,8 +185,11 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     sup_con = head(real, "row", pairs.Mask(offset="i32"), positives)
     every = pairs.Mask(labels, labels, labels, "i32", "i32", real, real)
     everything = head(real, "column", every, pairs.Target(mask=every, weight=real), real)
+    proxies = info_nce._replace(mask=pairs.Mask(different=labels), norms=real)
+    anchors = tuple(head._replace(norms=real) for head in proxy_anchor)
     for options in choices("lse"):
         yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE", {"head": info_nce})
+        yield Variant(forward, {**options, "TRANSPOSED": False}, "proxies in place", {"head": proxies}, rare=True)
         whole = {"head": info_nce, "parts": None, "arrived": None}
         yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE, one part", whole, rare=True)
         yield Variant(forward, {**options, "TRANSPOSED": True}, "ProxyAnchor", {"head": proxy_anchor[0]}, rare=True)
@@ -198,6 +201,8 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         yield from backwards("MultiSimilarity", options, multi_similarity, (), ("both",), **biases)
         yield from backwards("ProxyAnchor", options, proxy_anchor, ("columns",), ("rows",), **biases)
         yield from backwards("multi-label", options, (multi_label,), (), ("rows", "columns"), **biases)
+        yield from backwards("proxies in place", options, (proxies,), ("columns",), ("rows",), **biases)
+        yield from backwards("anchors in place", options, anchors, (), ("rows", "columns"), **biases)
     for options in choices("lse heavy"):
         yield Variant(forward, {**tile(options), "TRANSPOSED": True}, "everything", {"head": everything})
         yield from backwards("everything", options, (everything, everything), ("columns",), row_sums=None)
@@ -220,6 +225,8 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
             ("MultiSimilarity", multi_similarity, NO_SUMS, True),
             ("ProxyAnchor", proxy_anchor, NO_SUMS, True),
             ("multi-label", (multi_label,), NO_SUMS, True),
+            ("proxies in place", (proxies,), NO_SUMS, dtype == "fp32"),
+            ("anchors in place", anchors, NO_SUMS, True),
         ):
             yield stored_weights(name, options, heads, {**unit, **given}, rare)
     for options in choices("lse weights heavy"):

@@ -12,8 +12,11 @@ from fastret.kernels.triton import pairs
 Upstream = tuple[Tensor, Tensor, Tensor]  # lse and the gradients of lse and of the target score
 
 
-def arguments(head: Head, like: Tensor, columns: int, upstream: Upstream | None = None) -> pairs.Head:
-    """A head as the kernels take it; ``like`` has the dtype of accumulation, ``columns`` are the whole matrix's."""
+def arguments(
+    head: Head, like: Tensor, columns: int, upstream: Upstream | None = None, norms: Tensor | None = None
+) -> pairs.Head:
+    """A head as the kernels take it; ``like`` has the dtype of accumulation, ``columns`` are the whole matrix's, norms
+    those of columns that are not divided by them."""
     return pairs.Head(
         head.scale if isinstance(head.scale, Tensor) else _number(head.scale, like),
         head.row_bias,
@@ -26,6 +29,7 @@ def arguments(head: Head, like: Tensor, columns: int, upstream: Upstream | None 
         tl.constexpr(head.axis),
         tl.constexpr(head.reduce),
         *(upstream or ()),
+        norms=norms,
     )
 
 

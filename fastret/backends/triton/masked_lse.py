@@ -3,8 +3,8 @@
 Forward multiplies the rows once for each head; backward once for two heads of a feature width, and once more for the
 columns of a gallery; ``sweep`` does both with rows that are laid out once. Nothing here waits for the device: launch
 grids follow from shapes alone, and CUDA graphs can capture every call. Memory beyond inputs and outputs: rows in their
-own dtype, their gradients in the dtype of accumulation, O(N + M) for each head; where sums are divided into parts, a
-copy of them for each.
+own dtype, but for columns that are many and lie as the kernels want them, which are read there; gradients of rows in
+the dtype of accumulation; O(N + M) for each head; where sums are divided into parts, a copy of them for each.
 """
 
 import functools
@@ -21,12 +21,23 @@ from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import masked_lse_blocks
 from fastret.backends.triton.heads import Upstream, arguments, by_threshold, conditions
 from fastret.backends.triton.plans import Strips, plan_for
-from fastret.backends.triton.rows import PackedRows, look, merging, nothing_yet, pack_padded, padded, total
+from fastret.backends.triton.rows import (
+    PackedRows,
+    in_place,
+    lies_packed,
+    look,
+    merging,
+    nothing_yet,
+    pack_padded,
+    padded,
+    total,
+)
 from fastret.kernels.triton import config, pairs
 from fastret.kernels.triton import masked_lse as kernels
 
 HEADS = 2  # that share a product of rows in backward: what registers hold, with all their conditions
 CONDITIONS = 6  # that two heads may have for the larger tiles
+FEW = 2  # columns a row, up to which they are copied
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class _Problem:
     """The rows of one feature width and one or two heads that have it.
 
     Attributes:
-        x, y: packed rows (N, width) and columns (M, width); the same object where y is None.
+        x, y: packed rows (N, width) and columns (M, width), which may be raw; the same object where y is None.
         heads: those of this width.
         places: where they stand among all.
         heavy: they take tiles of their own: their conditions are many, or compare scores with thresholds. Scores are
@@ -72,7 +83,12 @@ class _Problem:
     def arguments(self) -> tuple[pairs.Head, ...]:
         """The heads as the kernels take them."""
         like = torch.empty((), dtype=accumulation_dtype(self.x.rows.dtype), device=self.x.rows.device)
-        return tuple(arguments(head, like, self.columns) for head in self.heads)
+        return tuple(arguments(head, like, self.columns, norms=self.norms) for head in self.heads)
+
+    @property
+    def norms(self) -> Tensor | None:
+        """Of columns that are not divided by them."""
+        return self.y.norms if self.y.raw else None
 
     @functools.cached_property
     def plan(self) -> str:
@@ -90,7 +106,7 @@ class _Problem:
     @property
     def blocks(self) -> Strips:
         """Those to go through where the plan is not fused."""
-        return Strips(self.x.rows, self.y.rows, stored=self.plan == "strip", bounded=self.bounded)
+        return Strips(self.x.rows, self.y.rows, stored=self.plan == "strip", bounded=self.bounded, norms=self.norms)
 
     @property
     def kind(self) -> str:
@@ -179,13 +195,22 @@ def _problems(
 
     for width in dict.fromkeys(head.width for head in heads):
         u = pack(x, width)
-        v = u if y is None else pack(y, width)
+        stays = y is not None and _stays(x, y, heads, normalize)
+        v = u if y is None else in_place(y, normalize, nothing) if stays else pack(y, width)
         places = [k for k, head in enumerate(heads) if head.width == width]
         for first in range(0, len(places), HEADS):
             these = places[first : first + HEADS]
             chosen = [heads[k] for k in these]
             heavy = any(map(by_threshold, chosen)) or sum(map(conditions, chosen)) > CONDITIONS
             yield _Problem(u, v, chosen, these, heavy, first_column, columns)
+
+
+def _stays(x: Tensor, y: Tensor, heads: Sequence[Head], normalize: bool) -> bool:
+    """Whether columns are read where they lie: a parameter, not a batch. Thresholds compare scores that other ops find
+    too, of copies; and weights over norms leave the range of float16."""
+    whole = all(head.width is None and not by_threshold(head) for head in heads)
+    exact = not (normalize and y.dtype == torch.float16)
+    return len(y) > FEW * len(x) and whole and exact and lies_packed(y)
 
 
 def unsupported(call: Call) -> str | None:
@@ -244,7 +269,7 @@ def sweep(
         ((lse, t),) = _results(x, y, [head], problems, nothing)
         weight = row_weight.contiguous()
         empty = (weight == 0) & (lse == -torch.inf)
-        value = (weight * torch.where(empty, 0 * t, lse - t)).sum()
+        value = (weight * torch.where(empty, t, lse - t)).sum()
         upstream = [(lse, weight, -weight)] if any(need) else []
         problems = problems if any(need) else []
         return value, _gradients(x, y, [head], problems, upstream, nothing, need, nothing.dtype)

@@ -83,8 +83,9 @@ def _block_sums(
     blocks = triton.cdiv(n, options["BLOCK_M"])
     parts = config.parts(strips.u.device, blocks, triton.cdiv(m, options["BLOCK_N"]), RESIDENT)
     lse, t = torch.empty(2, n, dtype=scores.dtype, device=scores.device)
+    given = arguments(head, scores.new_empty(()), columns, norms=strips.norms_of(b))
     kernels.masked_lse_kernel[blocks, parts](
-        *(scores, None, arguments(head, scores.new_empty(()), columns), lse, t, *merging(lse, parts, blocks)),
+        *(scores, None, given, lse, t, *merging(lse, parts, blocks)),
         *(n, m, scores.stride(0), first_column + b.first_column),
         TRANSPOSED=head.axis == "column",
         PRECISION="ieee",  # nothing is multiplied
@@ -178,7 +179,9 @@ class _Launch:
         like = torch.empty((), dtype=accumulation_dtype(u.dtype), device=u.device)
         tables = [like.new_empty(shape if of else 0) for shape, of in zip(shapes, given, strict=True)]
         heads = tuple(
-            arguments(part(head, b), like, self.columns, _of_block(upstream, side(head.axis, b)))
+            arguments(
+                part(head, b), like, self.columns, _of_block(upstream, side(head.axis, b)), self.strips.norms_of(b)
+            )
             for head, upstream in zip(self.heads, self.upstream, strict=True)
         )
         factors = (u, v) if scores is None else (scores, None)

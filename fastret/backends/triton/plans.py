@@ -130,12 +130,17 @@ class Strips:
     whole_rows: bool = False
     stored: bool = True  # the scores; only weights are where the plan is "weights"
     bounded: bool = True  # the weights, by a number that is known beforehand and not far above them
+    norms: Tensor | None = None  # of v, where it is not divided by them
 
     @property
     def half(self) -> bool:
         """Whether weights are rounded to the dtype of the rows. float16 has too little range for gradients: where its
         weights take the place of scores, or have no bound to scale them by, they stay float32."""
         return self.u.dtype == torch.bfloat16 or (self.u.dtype == torch.float16 and self.bounded and not self.stored)
+
+    def norms_of(self, b: Block) -> Tensor | None:
+        """Those of a block's columns."""
+        return None if self.norms is None else self.norms[b.first_column :][: b.columns]
 
     def room(self) -> int:
         """Pairs of a block."""

@@ -31,7 +31,7 @@ class PackedRows:
 
     Attributes:
         rows: (n, D), ``padded`` width apart.
-        raw: they are the caller's own, not divided by their norms: the kernels do that with their scores.
+        raw: they are not divided by their norms: kernels do that with their scores.
     """
 
     rows: Tensor
@@ -84,6 +84,19 @@ def pack_padded(x: Tensor, order: Tensor | slice | None, normalize: bool, nothin
     norms = torch.empty(n, dtype=accumulation_dtype(x.dtype), device=x.device) if normalize else None
     _pack(x, order, rows, norms, nothing)
     return PackedRows(rows[:, :width], order, norms)
+
+
+def lies_packed(x: Tensor) -> bool:
+    """Whether rows lie in memory as packed ones do."""
+    width = x.shape[1]
+    return x.stride() == (width, 1) and width % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
+
+
+def in_place(x: Tensor, normalize: bool, nothing: Tensor | None = None) -> PackedRows:
+    """x that ``lies_packed``, with its norms where it is to be normalised; it is not copied."""
+    norms = torch.empty(len(x), dtype=accumulation_dtype(x.dtype), device=x.device) if normalize else None
+    _pack(x, None, None, norms, nothing)
+    return PackedRows(x, None, norms, raw=normalize)
 
 
 def look(x: Tensor, nothing: Tensor) -> None:
