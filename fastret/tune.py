@@ -101,6 +101,19 @@ def _info_nce_forward(dtype: torch.dtype, width: int, device: torch.device, rows
     return lambda impl: (F.info_nce(x, y, impl=impl),)
 
 
+def _clip(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, y = (_rows(2 * rows, width, dtype, device, seed) for seed in (0, 1))
+    return _differentiated(F.clip, x, y, torch.tensor(10.0, device=device))
+
+
+def _multi_label(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    x, y = (_rows(rows, width, dtype, device, seed) for seed in (0, 1))
+    entries = torch.arange(2 * rows, device=device)
+    offsets = torch.arange(0, 2 * rows + 1, 2, device=device)
+    target = ops.Listed(offsets, entries % rows, torch.full((2 * rows,), 0.5, device=device))
+    return lambda impl: ops.masked_lse(x, y, heads=[ops.Head(target=target)], impl=impl)[0]
+
+
 def _mined(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
     labels = torch.arange(rows, device=device) // 4
     x = _rows(rows, width, dtype, device)
@@ -161,10 +174,16 @@ def _voted(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> C
 
 # By the kind of kernel in config.py, in TF32 or not. Every kind has one.
 WORKLOADS: dict[str, Workload] = {
-    **dict.fromkeys(("scores", "sums", "gradient"), Workload("rank_sums", _smooth_ap, "fused")),
+    **dict.fromkeys(("scores", "sums"), Workload("rank_sums", _smooth_ap, "weights")),
+    "gradient": Workload("rank_sums", _smooth_ap, "fused"),
     "lse gradient": Workload("masked_lse", _info_nce, "fused"),
+    "lse weights": Workload("masked_lse", _info_nce, "weights"),
+    "lse two": Workload("masked_lse", _clip, "fused"),
+    "lse weights sums": Workload("masked_lse", _clip, "weights"),
     "lse": Workload("masked_lse", _info_nce_forward, "fused"),
+    "lse listed": Workload("masked_lse", _multi_label),
     "lse heavy": Workload("row_extrema", _mined, "fused"),
+    "lse weights heavy": Workload("row_extrema", _mined, "weights"),
     **dict.fromkeys(("pair scores", "pair gradient"), Workload("pair_dot", _pairs)),
     **dict.fromkeys(("assign", "assign rows", "assign words"), Workload("soft_assign", _assigned)),
     **dict.fromkeys(("sampled scores", "sampled gradient"), Workload("sampled_dot", _noise)),
