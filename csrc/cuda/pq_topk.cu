@@ -1,5 +1,5 @@
-// pq_topk by lookups in shared memory. A block owns 12, 4 or 1 queries, of tables in float16 16, 8 or 1; their tables lie
-// in entries of 16 bytes, the same word's part of the scores of four queries or eight, so that one lane's load serves
+// pq_topk by lookups in shared memory. A block owns 12, 4 or 1 queries, of tables in float16 16, 8 or 1; these lie in
+// entries of 16 bytes, the same word's part of the scores of four queries or eight, so that one lane's load serves
 // them all. A lane has a code of its own, reads it with 16 bytes at a time, and adds the parts book after book, as
 // csrc/cpu/pq_topk.cpp does: copies of a code tie, and a query's score has the same bits in any company.
 //
@@ -155,7 +155,8 @@ __device__ void find_powers(const Scan<Code>& s, int64_t first_query, const Shar
       const uint32_t size = bits_of(part_of(s, first_query + q, e / s.words, e % s.words)) & ~(uint32_t(1) << 31);
       if (size < kInfinity) greatest = max(greatest, size);
     }
-    for (int bit = kWarpLanes / 2; bit > 0; bit /= 2) greatest = max(greatest, __shfl_xor_sync(kWholeWarp, greatest, bit));
+    for (int bit = kWarpLanes / 2; bit > 0; bit /= 2)
+      greatest = max(greatest, __shfl_xor_sync(kWholeWarp, greatest, bit));
     if (threadIdx.x % kWarpLanes == 0) atomic_max(power + q, greatest);
   }
   __syncthreads();
@@ -431,7 +432,8 @@ void pick_code(const PqTopkProblem& p, const PqTopkPlan& plan, const Outputs& ou
 }  // namespace
 
 PqTopkPlan pq_topk_plan(int64_t queries, int64_t codes, int64_t books, int64_t words, int64_t k, bool half_tables) {
-  return half_tables ? plan_for<Half>(queries, codes, books, words, k) : plan_for<float>(queries, codes, books, words, k);
+  return half_tables ? plan_for<Half>(queries, codes, books, words, k)
+                     : plan_for<float>(queries, codes, books, words, k);
 }
 
 void pq_topk(const PqTopkProblem& p, const Array& lists, const Array& tables, const Array& scores, const Array& indices,
