@@ -126,6 +126,13 @@ def _pairs(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> C
     return _differentiated(lambda x, impl: ops.pair_dot(x, None, row, row.flip(0), impl=impl), x)
 
 
+def _packed(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
+    """A few pairs of many rows: packing and unpacking is all there is to do."""
+    x = _rows(64 * rows, width, dtype, device)
+    row = torch.arange(16, device=device)
+    return _differentiated(lambda x, impl: ops.pair_dot(x, None, row, row.flip(0), impl=impl), x)
+
+
 def _assigned(dtype: torch.dtype, width: int, device: torch.device, rows: int) -> Call:
     x = _rows(2 * rows, 8 * width, dtype, device)
     codebook = _rows(8 * 256, width, dtype, device, 1).view(8, 256, width)
@@ -184,6 +191,7 @@ WORKLOADS: dict[str, Workload] = {
     "lse listed": Workload("masked_lse", _multi_label),
     "lse heavy": Workload("row_extrema", _mined, "fused"),
     "lse weights heavy": Workload("row_extrema", _mined, "weights"),
+    **dict.fromkeys(("pack", "unpack"), Workload("pair_dot", _packed)),
     **dict.fromkeys(("pair scores", "pair gradient"), Workload("pair_dot", _pairs)),
     **dict.fromkeys(("assign", "assign rows", "assign words"), Workload("soft_assign", _assigned)),
     **dict.fromkeys(("sampled scores", "sampled gradient"), Workload("sampled_dot", _noise)),

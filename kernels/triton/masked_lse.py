@@ -112,7 +112,7 @@ def store_across(head, s, i, j, first_column, valid, lse, t, place, exists):
     if head.reduce == "lse":
         z_ok = tl.where(ok, z, -INF)
         high = tl.max(z_ok, 0)
-        safe = tl.where(high == -INF, 0.0, high)
+        safe = tl.where(tl.abs(high) == INF, 0.0, high)
         tl.store(lse + place, safe + tl.log2(tl.sum(exponential(z_ok - safe[None, :]), 0)) * LN2, mask=exists)
     else:
         tl.store(lse + place, tl.sum(tl.where(ok, phi_value(head.reduce, z), 0.0), 0), mask=exists)

@@ -140,7 +140,7 @@ def test_two_heads_of_one_product(
     """Over either side, of as many lines at a time as there is room for, in parts of the other side; by turns with a
     phi, without a target, with columns that begin elsewhere, and with lines that have no pair."""
     monkeypatch.setattr(plans, "_chosen", plan)
-    monkeypatch.setattr(plans, "_workspace", workspace)
+    monkeypatch.setattr("fastret.backends.workspace._workspace", workspace)
     turn = ["row", "column"].index(axes[0]) + 2 * gallery + 4 * (workspace == "1KiB")
     n, m = (2 * N + 5, 3 * M) if gallery else (3 * N, 3 * N)
     x, y = rows(n, 30), rows(m, 30, seed=6) if gallery else None
