@@ -136,7 +136,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_100": (_tile(128, 64, 64, 8, 3, PIECES=4),),
         "gfx942": (_tile(128, 128, 32, 8, 2, PIECES=4),),
     },
-    ("lse two", 4): _everywhere(_tile(64, 64, 16, 8, 2)),
+    ("lse two", 4): _everywhere(_tile(64, 32, 16, 8, 2)),
     ("lse two tf32", 4): {
         "sm_80": (_tile(128, 64, 32, 8, 2, PIECES=2),),
         "sm_100": (_tile(128, 64, 32, 8, 2, PIECES=4),),
@@ -165,7 +165,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("lse weights sums", 2): {
         "sm_80": (_tile(128, 64, 32, 8, 3, PIECES=2),),
         "sm_90": (_tile(128, 64, 64, 8, 3, PIECES=2),),
-        "sm_100": (_tile(64, 64, 64, 8, 3),),
+        "sm_100": (_tile(64, 32, 64, 8, 3),),
         "gfx942": (_tile(64, 64, 64, 8, 2),),
     },
     ("lse weights sums", 4): _everywhere(_tile(64, 64, 16, 8, 2)),
