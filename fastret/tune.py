@@ -90,6 +90,11 @@ def _info_nce_forward(dtype: torch.dtype, width: int, device: torch.device) -> C
     return lambda impl: (F.info_nce(x, y, impl=impl),)
 
 
+def _clip(dtype: torch.dtype, width: int, device: torch.device) -> Call:
+    x, y = (_rows(2 * _ROWS, width, dtype, device, seed) for seed in (0, 1))
+    return _differentiated(F.clip, x, y, torch.tensor(10.0, device=device))
+
+
 def _mined(dtype: torch.dtype, width: int, device: torch.device) -> Call:
     labels = torch.arange(_ROWS, device=device) // 4
     x = _rows(_ROWS, width, dtype, device)
@@ -145,9 +150,10 @@ def _voted(dtype: torch.dtype, width: int, device: torch.device) -> Call:
 # By the kind of kernel in config.py; a kind that has none here keeps its default, which is said.
 WORKLOADS: dict[str, Workload] = {
     **dict.fromkeys(("scores", "sums", "gradient"), Workload("rank_sums", _smooth_ap)),
-    "lse gradient": Workload("masked_lse", _info_nce),
+    **dict.fromkeys(("lse gradient", "lse weights"), Workload("masked_lse", _info_nce)),
+    **dict.fromkeys(("lse two", "lse weights sums"), Workload("masked_lse", _clip)),
     "lse": Workload("masked_lse", _info_nce_forward),
-    "lse heavy": Workload("row_extrema", _mined),
+    **dict.fromkeys(("lse heavy", "lse weights heavy"), Workload("row_extrema", _mined)),
     **dict.fromkeys(("pair scores", "pair gradient"), Workload("pair_dot", _pairs)),
     **dict.fromkeys(("assign", "assign rows", "assign words"), Workload("soft_assign", _assigned)),
     **dict.fromkeys(("sampled scores", "sampled gradient"), Workload("sampled_dot", _noise)),

@@ -53,7 +53,9 @@ def _everywhere(*options: Options) -> dict[str, tuple[Options, ...]]:
 # strip: stored tiles of S, for all ops; nothing is multiplied.
 # lse, lse gradient: as sums and gradient, for masked_lse. lse heavy: both, for many conditions or for thresholds, which
 # need the same square tiles everywhere.
-# lse weights: tiles of S that become stored pair weights. lse weights heavy: these and forward, for the same two.
+# lse two, lse listed: forward of two heads, and with listed targets. lse weights, lse weights sums: tiles of S that are
+# stored as pair weights, and sums of these beside them. lse weights heavy: both and forward, where lse heavy is.
+# PIECES of the columns of such a tile are gone through by turns.
 # Kinds that end in tf32 take the place of the others where float32 products are taken in TF32.
 # CUDA architectures ascend; one that is not listed takes the nearest older one.
 _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
@@ -107,12 +109,76 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     **{("unpack", size): _everywhere(_options(4, 1, BLOCK_R=2, BLOCK_D=1024)) for size in (2, 4)},
     ("unpack", 8): _everywhere(_options(8, 1, BLOCK_R=1, BLOCK_D=1024)),
     ("lse", 2): {
+        "sm_80": (_tile(128, 128, 32, 8, 3, PIECES=4),),
+        "sm_90": (_tile(128, 128, 64, 8, 3, PIECES=4),),
+        "sm_100": (_tile(128, 64, 64, 8, 3, PIECES=2),),
+        "gfx942": (_tile(128, 128, 32, 8, 2, PIECES=4),),
+    },
+    ("lse", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
+    ("lse", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
+    ("lse tf32", 4): {
+        "sm_80": (_tile(128, 64, 32, 8, 2, PIECES=2),),
+        "sm_90": (_tile(128, 128, 32, 8, 3, PIECES=4),),
+        "sm_100": (_tile(128, 64, 32, 8, 2, PIECES=2),),
+        "gfx942": (_tile(128, 128, 32, 8, 2, PIECES=4),),
+    },
+    ("lse two", 2): {
+        "sm_80": (_tile(128, 64, 32, 8, 3, PIECES=2),),
+        "sm_90": (_tile(128, 64, 64, 8, 3, PIECES=2),),
+        "sm_100": (_tile(128, 64, 64, 8, 3, PIECES=4),),
+        "gfx942": (_tile(128, 128, 32, 8, 2, PIECES=4),),
+    },
+    ("lse two", 4): _everywhere(_tile(64, 64, 16, 8, 2)),
+    ("lse two tf32", 4): {
+        "sm_80": (_tile(128, 64, 32, 8, 2, PIECES=2),),
+        "sm_100": (_tile(128, 64, 32, 8, 2, PIECES=4),),
+        "gfx942": (_tile(128, 128, 32, 8, 2, PIECES=4),),
+    },
+    ("lse two", 8): _everywhere(_tile(32, 32, 32, 4, 2)),
+    ("lse listed", 2): {
         "sm_80": (_tile(64, 64, 32, 8, 3),),
         "sm_90": (_tile(64, 64, 64, 8, 3),),
         "gfx942": (_tile(64, 64, 64, 4, 2),),
     },
-    ("lse", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
-    ("lse", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
+    ("lse listed", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
+    ("lse listed", 8): {"sm_80": (_tile(32, 32, 32, 4, 2),), "gfx942": (_tile(32, 32, 32, 4, 2),)},
+    ("lse weights", 2): {
+        "sm_80": (_tile(128, 64, 64, 8, 3, PIECES=2),),
+        "sm_90": (_tile(128, 128, 64, 8, 3, PIECES=4),),
+        "gfx942": (_tile(128, 128, 32, 8, 2, PIECES=4),),
+    },
+    ("lse weights", 4): _everywhere(_tile(64, 64, 16, 8, 2)),
+    ("lse weights tf32", 4): {
+        "sm_80": (_tile(128, 64, 32, 8, 2, PIECES=2),),
+        "sm_90": (_tile(128, 128, 32, 8, 3, PIECES=4),),
+        "gfx942": (_tile(128, 64, 32, 8, 2, PIECES=2),),
+    },
+    ("lse weights", 8): _everywhere(_tile(32, 32, 16, 8, 2)),
+    ("lse weights sums", 2): {
+        "sm_80": (_tile(128, 64, 32, 8, 3, PIECES=2),),
+        "sm_90": (_tile(128, 64, 64, 8, 3, PIECES=2),),
+        "sm_100": (_tile(64, 64, 64, 8, 3),),
+        "gfx942": (_tile(64, 64, 64, 8, 2),),
+    },
+    ("lse weights sums", 4): _everywhere(_tile(64, 64, 16, 8, 2)),
+    ("lse weights sums tf32", 4): {
+        "sm_80": (_tile(128, 64, 32, 8, 2, PIECES=2),),
+        "sm_100": (_tile(128, 64, 32, 8, 2, PIECES=4),),
+        "gfx942": (_tile(128, 64, 32, 8, 2, PIECES=4),),
+    },
+    ("lse weights sums", 8): _everywhere(_tile(32, 32, 16, 8, 2)),
+    ("lse weights heavy", 2): {
+        "sm_80": (_tile(64, 32, 32, 8, 3),),
+        "sm_90": (_tile(64, 32, 64, 8, 3),),
+        "gfx942": (_tile(16, 16, 32, 4, 2),),
+    },
+    ("lse weights heavy", 4): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
+    ("lse weights heavy tf32", 4): {
+        "sm_80": (_tile(32, 32, 32, 8, 2),),
+        "sm_90": (_tile(64, 32, 32, 8, 2),),
+        "gfx942": (_tile(16, 16, 16, 8, 2),),
+    },
+    ("lse weights heavy", 8): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
     ("lse gradient", 2): {
         "sm_80": (
             _tile(64, 16, 64, 8, 2, SLICE=128),
@@ -162,16 +228,6 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
         "gfx942": (_tile(16, 16, 16, 8, 2, SLICE=32),),
     },
-    ("lse weights", 2): {
-        "sm_80": (_tile(64, 64, 32, 8, 3),),
-        "sm_90": (_tile(64, 64, 64, 8, 3),),
-        "gfx942": (_tile(64, 64, 64, 4, 2),),
-    },
-    ("lse weights", 4): {"sm_80": (_tile(64, 64, 16, 8, 2),), "gfx942": (_tile(64, 64, 16, 4, 2),)},
-    ("lse weights", 8): _everywhere(_tile(32, 32, 16, 8, 2)),
-    ("lse weights heavy", 2): {"sm_80": (_tile(32, 32, 32, 8, 2),), "gfx942": (_tile(16, 16, 32, 4, 2),)},
-    ("lse weights heavy", 4): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
-    ("lse weights heavy", 8): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
     ("assign", 2): _everywhere(_assign(64, 64, 8, 32), _assign(64, 32, 8, 128)),
     ("assign", 4): _everywhere(_assign(64, 64, 8, 32), _assign(32, 32, 8, 128)),
     ("assign", 8): _everywhere(_assign(32, 32, 4, 32), _assign(16, 16, 4, 128)),
@@ -222,10 +278,13 @@ _INTERPRETED: dict[str, Options] = {
     "update rows": _options(1, 1, BLOCK_D=32),
     "pack": _options(1, 1, BLOCK_R=32, BLOCK_D=32),
     "unpack": _options(1, 1, BLOCK_R=32, BLOCK_D=32),
-    "lse": _tile(16, 16, 32, 1, 1),
+    "lse": _tile(16, 16, 32, 1, 1, PIECES=2),
+    "lse two": _tile(16, 16, 32, 1, 1, PIECES=2),
+    "lse listed": _tile(16, 16, 32, 1, 1),
     "lse gradient": _tile(16, 16, 32, 1, 1, SLICE=32),
     "lse heavy": _tile(16, 16, 32, 1, 1, SLICE=32),
-    "lse weights": _tile(32, 16, 32, 1, 1),
+    "lse weights": _tile(32, 16, 32, 1, 1, PIECES=4),
+    "lse weights sums": _tile(16, 16, 32, 1, 1, PIECES=2),
     "lse weights heavy": _tile(16, 16, 32, 1, 1),  # numpy's bits follow from where in a tile a row lies
     "assign": _assign(16, 16, 1, 128),
     "assign rows": _assign(16, 16, 1, 128),

@@ -84,6 +84,13 @@ def place(i, shift, period):
 
 
 @triton.jit
+def here(column, first_column):
+    """Column numbers of the whole matrix among those that begin at ``first_column``, as int32: a line of a tile is
+    compared with each, in half the registers. -1, or beyond the last, where they are elsewhere."""
+    return tl.minimum(tl.maximum(column.to(tl.int64) - first_column, -1), 2147483647).to(tl.int32)
+
+
+@triton.jit
 def allowed(mask, s, i, j, first_column, valid):
     """Which of the ``valid`` pairs meet every condition. ``s``: their unscaled scores."""
     ok = valid
@@ -94,7 +101,7 @@ def allowed(mask, s, i, j, first_column, valid):
     if mask.distinct is not None:
         ok = ok & (tl.load(mask.distinct[0] + i) != tl.load(mask.distinct[1] + j))
     if mask.offset is not None:
-        ok = ok & (j.to(tl.int64) + first_column != place(i, mask.offset, mask.period))
+        ok = ok & (j != here(place(i, mask.offset, mask.period), first_column))
     if mask.above is not None:
         ok = ok & (s > tl.load(mask.above + i))
     if mask.below is not None:
@@ -123,9 +130,9 @@ def logits(head, s, i, j):
 
 
 @triton.jit
-def listed_weights(target, i, column, like):
-    """Sums of the weights of entries of rows i with the number ``column``: one comparison of the tile for each entry
-    of the row that has most of them."""
+def listed_weights(target, i, j, first_column, like):
+    """Sums of the weights of entries of rows i for columns j: one comparison of the tile for each entry of the row that
+    has most of them."""
     begin = tl.load(target.offsets + i)
     count = tl.load(target.offsets + i + 1) - begin
     y = tl.zeros_like(like)
@@ -133,7 +140,7 @@ def listed_weights(target, i, column, like):
         exists = k < count
         index = tl.load(target.entries[0] + begin + k, mask=exists, other=-1)
         weight = tl.load(target.entries[1] + begin + k, mask=exists, other=0.0)
-        y += tl.where(column == index, weight, 0.0)
+        y += tl.where(j == here(index, first_column), weight, 0.0)
     return y
 
 
@@ -143,7 +150,7 @@ def target_weights(head, s, i, j, first_column, valid):
     target = head.target
     y = tl.zeros_like(s)
     if target.index is not None:
-        y += (j.to(tl.int64) + first_column == tl.load(target.index + i)).to(s.dtype)
+        y += (j == here(tl.load(target.index + i), first_column)).to(s.dtype)
     if target.weight is not None:
         ok = allowed(target.mask, s, i, j, first_column, valid)
         y += tl.where(ok, tl.load(target.weight + i), 0.0)
@@ -153,12 +160,12 @@ def target_weights(head, s, i, j, first_column, valid):
         column = place(i, target.shifts[d], target.period)
         if target.base is not None:
             column += target.base
-        hit = (j.to(tl.int64) + first_column == column).to(s.dtype)
+        hit = (j == here(column, first_column)).to(s.dtype)
         if target.shift_weights is not None:
             hit = hit * tl.load(target.shift_weights[d])
         y += hit
     if target.offsets is not None:
-        y += listed_weights(target, i, j.to(tl.int64) + first_column, y)
+        y += listed_weights(target, i, j, first_column, y)
     if head.keep is not None:
         y = y * tl.load(head.keep) + tl.load(head.uniform)
     return y

@@ -67,6 +67,21 @@ def dot_tile(x, y, row, column, width, dtype: tl.constexpr, PRECISION: tl.conste
 
 
 @triton.jit
+def columns_of(tile, K: tl.constexpr, PIECES: tl.constexpr):
+    """The K-th of as many pieces of columns of a tile, by halves of what each thread holds already. A kernel that takes
+    them by turns holds what belongs to columns for one piece only."""
+    if PIECES == 1:
+        return tile
+    else:
+        halves = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        if K < PIECES // 2:
+            return columns_of(left, K, PIECES // 2)
+        else:
+            return columns_of(right, K - PIECES // 2, PIECES // 2)
+
+
+@triton.jit
 def score_tile(x, y, row, column, width, scale, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
     """``dot_tile`` times ``scale``, in its dtype."""
     return dot_tile(x, y, row, column, width, scale.dtype, PRECISION, BLOCK_K) * scale

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastret
 from fastret.backends.pairs import Head, Need, PairMask, Shifted
 from fastret.backends.triton import masked_lse as backend
+from fastret.backends.triton import plans
 from fastret.kernels.triton import config
 from fastret.kernels.triton import masked_lse as kernels
 from fastret.kernels.triton import rows as row_kernels
@@ -91,6 +92,15 @@ def test_kernels_of_a_step(launched: Counter[str], loss: Any, reduction: str) ->
     assert x.grad is not None
     laid_out = {"pack_kernel": 2 if reduction == "mean" else 4, "unpack_kernel": 2}
     assert launched == {"masked_lse_kernel": 1, "masked_lse_gradient_kernel": 2, **laid_out}
+
+
+def test_two_kernels_a_step_of_two_heads(monkeypatch: pytest.MonkeyPatch, launched: Counter[str]) -> None:
+    """One product forward for rows and columns, one backward for their weights, of scores once each."""
+    monkeypatch.setattr(plans, "_chosen", "weights")
+    scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    x, y = proxies(ROWS, 5).requires_grad_(), proxies(ROWS, 6).requires_grad_()
+    fastret.CLIPLoss(impl="triton")(x, y, scale).backward()
+    assert launched == {"masked_lse_kernel": 1, "masked_lse_weights_kernel": 1}
 
 
 def test_rows_are_laid_out_once_a_step(launched: Counter[str]) -> None:

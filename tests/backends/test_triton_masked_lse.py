@@ -266,8 +266,9 @@ def test_gradients_one_by_one(request: pytest.FixtureRequest, plan: str, gallery
 
 @triton.jit
 def own_tile_kernel(
-    u, v, s, n, m, width, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    u, v, s, n, m, width, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
     own, other = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     tile = kernels.own_tile(u, v, own % n, other % m, width, s.dtype.element_ty, TRANSPOSED, "ieee", BLOCK_K)
     tl.store(s + own[:, None] * BLOCK_N + other[None, :], tile)
@@ -280,8 +281,8 @@ def test_thresholds_see_the_same_bits(dtype: torch.dtype) -> None:
     tile = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "SLICE": 7}
     s = torch.empty(64, 32, dtype=accumulation_dtype(dtype), device=DEVICE)
     turned = torch.empty_like(s.T, memory_format=torch.contiguous_format)
-    own_tile_kernel[(1,)](x, y, s, 27, 29, 48, TRANSPOSED=False, **backend.oriented(tile, "row"))
-    own_tile_kernel[(1,)](y, x, turned, 29, 27, 48, TRANSPOSED=True, **backend.oriented(tile, "column"))
+    own_tile_kernel[(1,)](x, y, s, 27, 29, 48, TRANSPOSED=False, **backend.oriented(tile, False))
+    own_tile_kernel[(1,)](y, x, turned, 29, 27, 48, TRANSPOSED=True, **backend.oriented(tile, True))
     assert torch.equal(s, turned.T)
     torch.testing.assert_close(s[:27, :29], (x.to(s.dtype) @ y.to(s.dtype).T))
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from masked_lse_cases import COMPILED, DEVICE, F64, MASKS, TARGETS, M, N, check, labels, rows, uniform
+from masked_lse_cases import COMPILED, DEVICE, DTYPES, F64, MASKS, TARGETS, M, N, check, labels, rows, uniform
 
 from fastret.backends.pairs import Block, Need
 from fastret.backends.triton import masked_lse as backend
 from fastret.backends.triton import masked_lse_blocks, plans
-from fastret.ops import Head, Indexed, Shifted, masked_lse
+from fastret.ops import Head, Indexed, PairMask, Shifted, masked_lse
 
 # The exponent of a forbidden pair may overflow before it is discarded, log2(0) is meant; numpy, which interprets,
 # remarks on both.
@@ -129,3 +129,32 @@ def test_no_weight_leaves_float16(name: str) -> None:
         inverse = 1 / masked_lse_blocks.power_of_two([Head()], [(lse[:1], lse[:1].float() + most, lse[:1])], M).float()
         assert inverse.isfinite()
         assert inverse >= torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize(("plan", "workspace"), [("fused", "1KiB"), ("weights", "1GiB")])
+@pytest.mark.parametrize("gallery", [True, False])
+@pytest.mark.parametrize("axes", [("row", "column"), ("column", "row"), ("row", "row"), ("column", "column")])
+def test_two_heads_of_one_product(
+    monkeypatch: pytest.MonkeyPatch, axes: tuple[str, str], gallery: bool, workspace: str, plan: str
+) -> None:
+    """Over either side, of as many lines at a time as there is room for, in parts of the other side; by turns with a
+    phi, without a target, with columns that begin elsewhere, and with lines that have no pair."""
+    monkeypatch.setattr(plans, "_chosen", plan)
+    monkeypatch.setattr(plans, "_workspace", workspace)
+    turn = ["row", "column"].index(axes[0]) + 2 * gallery + 4 * (workspace == "1KiB")
+    n, m = (2 * N + 5, 3 * M) if gallery else (3 * N, 3 * N)
+    x, y = rows(n, 30), rows(m, 30, seed=6) if gallery else None
+    alone = torch.where(torch.arange(n, device=DEVICE) == 4, 9, 0)
+    mask = PairMask(different=(alone, torch.full((m,), 9, device=DEVICE)))
+    first = Head(torch.tensor(4.0, device=DEVICE), PairMask(offset=0) if turn % 3 else mask, Shifted(3), axis=axes[0])
+    second = Head(
+        torch.tensor(-3.0, device=DEVICE),
+        target=(None, Indexed(labels(n, m)))[turn % 2],
+        reduce=("lse", "hinge")[turn // 2 % 2],
+        axis=axes[1],
+        column_bias=None if turn // 2 % 2 else uniform(m),
+    )
+    options = {"first_column": 2 * gallery, "columns": m + 5}
+    (problem,) = backend._problems(x, y, [first, second], normalize=True, **options)
+    assert not problem.heavy
+    check(x, y, [first, second], DTYPES[turn % 4], **options)

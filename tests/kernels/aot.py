@@ -168,7 +168,7 @@ def backwards(
 def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     """One head and two, over rows and over columns, on either side and on both at once; and all that two can have."""
     real, labels = accumulated(dtype), ("*i64", "*i64")
-    forward, biases = masked_lse.masked_lse_kernel, {"row_sums": None, "column_sums": None}
+    biases = {"row_sums": None, "column_sums": None}
     shifted = pairs.Target(shifts=("i32",))
     clip = tuple(head(real, axis, pairs.Mask(), shifted) for axis in ("row", "column"))
     negatives = head(real, "row", pairs.Mask(different=labels), pairs.Target())
@@ -185,12 +185,19 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     proxies = info_nce._replace(mask=pairs.Mask(different=labels), norms=real)
     anchors = tuple(head._replace(norms=real) for head in proxy_anchor)
     for options in choices("lse"):
-        yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE", {"head": info_nce})
-        yield Variant(forward, {**options, "TRANSPOSED": False}, "proxies in place", {"head": proxies}, rare=True)
-        whole = {"head": info_nce, "parts": None, "arrived": None}
-        yield Variant(forward, {**options, "TRANSPOSED": False}, "InfoNCE, one part", whole, rare=True)
-        yield Variant(forward, {**options, "TRANSPOSED": True}, "ProxyAnchor", {"head": proxy_anchor[0]}, rare=True)
-        yield Variant(forward, {**options, "TRANSPOSED": False}, "multi-label", {"head": multi_label}, rare=True)
+        yield forwards("InfoNCE", options, info_nce)
+        yield forwards("InfoNCE, one part", options, info_nce, rare=True, parts=None, arrived=None)
+        yield forwards("proxies in place", options, proxies, rare=True)
+        yield forwards("SupCon", options, sup_con, rare=True)
+        yield forwards("ProxyAnchor", options, proxy_anchor[0], rare=True)
+    for options in choices("lse listed"):
+        yield forwards("multi-label", options, multi_label, rare=True)
+    for options in choices("lse two"):
+        yield forwards("CLIP", options, *clip)
+        yield forwards("CLIP, one part", options, *clip, rare=True, parts=None, arrived=None)
+        yield forwards("MultiSimilarity", options, *multi_similarity, rare=True)
+        yield forwards("ProxyAnchor", options, *proxy_anchor, rare=True)
+        yield forwards("anchors in place", options, *anchors, rare=True)
     for options in choices("lse gradient"):
         yield from backwards("InfoNCE", options, (info_nce,), (), ("rows", "columns"), **biases)
         yield from backwards("SupCon", options, (sup_con,), ("both",))
@@ -201,34 +208,33 @@ def masked_lse_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         yield from backwards("proxies in place", options, (proxies,), ("columns",), ("rows",), **biases)
         yield from backwards("anchors in place", options, anchors, (), ("rows", "columns"), **biases)
     for options in choices("lse heavy"):
-        yield Variant(forward, {**tile(options), "TRANSPOSED": True}, "everything", {"head": everything})
+        yield forwards("everything", options, everything, transposed=True)
         yield from backwards("everything", options, (everything, everything), ("columns",), row_sums=None)
-    stored = {"u": real, "v": None, "head": everything}
+    stored = {"u": real, "v": None}
     for options in choices("strip"):
         for transposed in (True, False):
-            launch = {**options, "TRANSPOSED": transposed, "BLOCK_K": 0}
-            yield Variant(forward, launch, "stored, everything", stored, rare=not transposed)
-        launch = {**options, "HEADS": 2, "SLOTS": 2}
-        weights = masked_lse.masked_lse_weights_kernel
-        launch, given = {**launch, "BLOCK_K": 0}, {"u": real, "v": None, "unit": None}
-        yield Variant(weights, launch, "stored, everything", {"heads": (everything, everything), **given})
-        yield Variant(weights, launch, "stored, CLIP", {"heads": clip, **given, **biases}, rare=True)
+            launch, rare = {**options, "BLOCK_K": 0}, not transposed
+            yield forwards("stored, everything", launch, everything, transposed=transposed, rare=rare, **stored)
+        launch, given = {**options, "BLOCK_K": 0}, {**stored, "unit": None}
+        yield stored_weights("stored, everything", launch, (everything, everything), given)
+        yield stored_weights("stored, CLIP", launch, clip, {**given, **biases}, rare=True)
     unit = {} if dtype == "fp16" else {"unit": None}
     for options in choices("lse weights"):
-        for name, heads, given, rare in (
-            ("InfoNCE", (info_nce,), NO_SUMS, True),
-            ("SupCon", (sup_con,), NO_SUMS, True),
-            ("CLIP", clip, biases, False),
-            ("MultiSimilarity", multi_similarity, NO_SUMS, True),
-            ("ProxyAnchor", proxy_anchor, NO_SUMS, True),
-            ("multi-label", (multi_label,), NO_SUMS, True),
-            ("proxies in place", (proxies,), NO_SUMS, dtype == "fp32"),
-            ("anchors in place", anchors, NO_SUMS, True),
-        ):
-            yield stored_weights(name, options, heads, {**unit, **given}, rare)
+        alone = {**unit, **NO_SUMS}
+        yield stored_weights("InfoNCE", options, (info_nce,), alone)
+        yield stored_weights("SupCon", options, (sup_con,), alone, rare=True)
+        yield stored_weights("MultiSimilarity", options, multi_similarity, alone, rare=True)
+        yield stored_weights("ProxyAnchor", options, proxy_anchor, alone, rare=True)
+        yield stored_weights("proxies in place", options, (proxies,), alone, rare=dtype == "fp32")
+        yield stored_weights("anchors in place", options, anchors, alone, rare=True)
+    for options in choices("lse weights sums"):
+        yield stored_weights("CLIP", options, clip, {**unit, **biases})
+        yield stored_weights("SupCon", options, (sup_con,), {**unit, **biases}, rare=True)
     for options in choices("lse weights heavy"):
-        yield Variant(forward, {**options, "TRANSPOSED": True}, "everything", {"head": everything}, rare=True)
+        for transposed in (True, False):
+            yield forwards("everything", options, everything, transposed=transposed, rare=True)
         yield stored_weights("everything", options, (everything, everything), {**unit, "row_sums": None})
+        yield stored_weights("multi-label", options, (multi_label,), {**unit, **biases}, rare=True)
 
 
 NO_SUMS = {"row_sums": None, "column_sums": None, "score_sums": None}
@@ -242,8 +248,29 @@ def stored_weights(
     rare: bool = False,
 ) -> Variant:
     """The kernel that makes weights of rows."""
-    launch = {**options, "HEADS": len(heads), "SLOTS": len(heads)}
+    launch = {"PIECES": 1, **options, "HEADS": len(heads)}
     return Variant(masked_lse.masked_lse_weights_kernel, launch, name, {"heads": heads, **given}, rare)
+
+
+def forwards(
+    name: str,
+    options: Mapping[str, int],
+    first: pairs.Head,
+    second: pairs.Head | None = None,
+    *,
+    transposed: bool = False,
+    rare: bool = False,
+    **given: Any,
+) -> Variant:
+    """The forward kernel, of one head or of two."""
+    launch = {"PIECES": 1, **tile(options), "TRANSPOSED": transposed}
+    if transposed:
+        launch |= {"BLOCK_M": launch["BLOCK_N"], "BLOCK_N": launch["BLOCK_M"], "PIECES": 1}
+    where, none = "", {"second_lse": None, "second_t": None}
+    if second is not None:
+        where, none = "along" if first.axis.value == second.axis.value else "across", {}
+    heads = {"head": first, "second": second or first, "SECOND": tl.constexpr(where)}
+    return Variant(masked_lse.masked_lse_kernel, launch, name, {**heads, **none, **given}, rare)
 
 
 def tile(options: Mapping[str, int]) -> dict[str, int]:
@@ -261,11 +288,11 @@ def pair_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     named = {"InvariantSpreading": spreading, "CentroidTriplet": centroids}
     for options in choices("lse"):
         for name, one in named.items():
-            rare = one is not spreading
-            yield Variant(masked_lse.masked_lse_kernel, {**options, "TRANSPOSED": False}, name, {"head": one}, rare)
-    for options in choices("lse weights"):
-        given = {"row_sums": None, "column_sums": None, "unit": None}
-        yield stored_weights("InvariantSpreading", options, (spreading,), given, rare=True)
+            yield forwards(name, options, one, rare=one is not spreading)
+    for options in choices("lse weights sums"):
+        spread = {"column_sums": None, "score_sums": None, "unit": None}
+        yield stored_weights("InvariantSpreading", options, (spreading,), spread, rare=True)
+        yield stored_weights("CentroidTriplet", options, (centroids,), {"unit": None}, rare=True)
     for options in choices("lse gradient"):
         yield from backwards("InvariantSpreading", options, (spreading,), (), ("rows", "columns"))
         yield from backwards("CentroidTriplet", options, (centroids,), ("columns",), ("rows",))
@@ -277,7 +304,7 @@ def row_extrema_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
     every = pairs.Mask(labels, labels, labels, "i32", "i32", real, real)
     for kind in ("lse heavy", "lse weights heavy"):
         for options in choices(kind):
-            launch = {**tile(options), "GREATEST": False}
+            launch = {k: v for k, v in {**tile(options), "GREATEST": False}.items() if k != "PIECES"}
             yield Variant(row_extrema.row_extrema_kernel, launch, "", {"mask": every}, kind != "lse heavy")
     for options in choices("strip"):
         given = {"x": real, "y": None, "mask": every}

@@ -1,7 +1,7 @@
 """masked_lse by the kernels of kernels/triton/masked_lse.py: normalises and lays out the rows, launches, adds parts.
 
-Forward multiplies the rows once for each head; backward once for two heads of a feature width, and once more for the
-columns of a gallery; ``sweep`` does both with rows that are laid out once. Nothing here waits for the device: launch
+Forward multiplies the rows once for two heads of a feature width; backward once for two, and once more for the columns
+of a gallery; ``sweep`` does both with rows that are laid out once. Nothing here waits for the device: launch
 grids follow from shapes alone, and CUDA graphs can capture every call. Memory beyond inputs and outputs: rows in their
 own dtype, but for columns that are many and lie as the kernels want them, which are read there; gradients of rows in
 the dtype of accumulation; O(N + M) for each head; where sums are divided into parts, a copy of them for each.
@@ -15,12 +15,12 @@ import torch
 import triton
 from torch import Tensor
 
-from fastret.backends.pairs import Gradients, Head, Need
+from fastret.backends.pairs import Block, Gradients, Head, Listed, Need
 from fastret.backends.registry import Call
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.triton import masked_lse_blocks
-from fastret.backends.triton.heads import Upstream, arguments, by_threshold, conditions
-from fastret.backends.triton.plans import Strips, plan_for
+from fastret.backends.triton.heads import Upstream, arguments, by_threshold, conditions, part
+from fastret.backends.triton.plans import Strips, plan_for, workspace
 from fastret.backends.triton.rows import (
     PackedRows,
     in_place,
@@ -109,26 +109,76 @@ class _Problem:
         return Strips(self.x.rows, self.y.rows, stored=self.plan == "strip", bounded=self.bounded, norms=self.norms)
 
     @property
-    def kind(self) -> str:
-        """Of the tiles of forward, where scores are not stored."""
-        return ("lse weights heavy" if self.plan == "weights" else "lse heavy") if self.heavy else "lse"
+    def listed(self) -> bool:
+        """Whether entries of targets are gone through for every tile, which holds most of all."""
+        return any(isinstance(head.target, Listed) for head in self.heads)
 
-    def sums(self, head: Head, given: pairs.Head) -> tuple[Tensor, Tensor]:
-        """lse, or the sum of a phi, and t of one head; ``given``: as the kernels take it."""
-        u, v = self.sides(head.axis)
+    def sums(self) -> list[tuple[Tensor, Tensor]]:
+        """lse, or the sum of a phi, and t of each head: of two by one product, unless they hold too much."""
+        if self.heavy:
+            kind = "lse weights heavy" if self.plan == "weights" else "lse heavy"
+        else:
+            kind = "lse listed" if self.listed else "lse"
+        if len(self.heads) == 1 or self.heavy or self.listed:
+            return [self._launch(kind, (k,))[0] for k in range(len(self.heads))]
+        first, second = self.heads
+        if first.axis == second.axis:
+            return self._launch("lse two", (0, 1))
+        return self._crosswise(first, second)
+
+    def _crosswise(self, first: Head, second: Head) -> list[tuple[Tensor, Tensor]]:
+        """Of heads over either side: programs own lines of the first one's, and leave a sum of the second's for every
+        block of lines; of as many lines at a time as there is room for."""
+        n, m = (len(side) for side in self.sides(first.axis))
+        dtype = self.arguments[0].scale.dtype
+        step = config.lookup("lse two", self.x.rows.device, self.x.rows.dtype)["BLOCK_M"]
+        room = max(1, workspace() // (2 * dtype.itemsize * m)) * step
+        found = [self._launch("lse two", (0, 1), begin, min(room, n - begin)) for begin in range(0, n, room)]
+        if len(found) == 1:
+            (own, (parts, scores)) = found[0]
+            return [own, (_merged(second, parts), scores.sum(0))]
+        own = torch.cat([lse for (lse, _), _ in found]), torch.cat([t for (_, t), _ in found])
+        # added up in float64: the rounding of a partial lse would come once a launch
+        parts = torch.stack([_merged(second, parts.to(torch.float64)) for _, (parts, _) in found])
+        scores = torch.stack([scores.sum(0, dtype=torch.float64) for _, (_, scores) in found])
+        return [own, (_merged(second, parts).to(dtype), scores.sum(0).to(dtype))]
+
+    def _launch(
+        self, kind: str, which: tuple[int, ...], begin: int = 0, n: int | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """lse and t of one head or two, for n lines, or all, of the side of the first from ``begin`` on; of a second
+        head over the other side (blocks of lines, m) parts of them."""
+        heads, given = [self.heads[k] for k in which], [self.arguments[k] for k in which]
+        axis, first_column = heads[0].axis, self.first_column
+        u, v = self.sides(axis)
+        if n is not None and n < len(u):
+            u, m = u[begin : begin + n], len(v)
+            cut = Block(begin, n, 0, m) if axis == "row" else Block(0, m, begin, n)
+            norms = self.blocks.norms_of(cut)
+            given = [arguments(part(head, cut), given[0].scale, self.columns, norms=norms) for head in heads]
+            first_column += cut.first_column
         n, m = len(u), len(v)
-        options = oriented(config.lookup(self.kind, u.device, u.dtype, self.width), head.axis)
+        transposed = self.heavy and axis == "column"
+        options = oriented(config.lookup(kind, u.device, u.dtype, self.width), transposed)
         blocks = triton.cdiv(n, options["BLOCK_M"])
         parts = config.parts(u.device, blocks, triton.cdiv(m, options["BLOCK_N"]))
-        lse = torch.empty(n, dtype=accumulation_dtype(u.dtype), device=u.device)
-        t = torch.empty_like(lse)
+        second = "" if len(heads) == 1 else "along" if heads[1].axis == axis else "across"
+        along = 2 if second == "along" else 1
+        results = torch.empty(along, 2, n, dtype=given[0].scale.dtype, device=u.device)
+        found = [(lse, t) for lse, t in results]
+        if second == "across":
+            lse, t = results.new_empty(2, blocks, m)
+            found.append((lse, t if given[1].scored else t.zero_()))
         kernels.masked_lse_kernel[blocks, parts](
-            *(u, v, given, lse, t, *merging(lse, parts, blocks), n, m, self.width, self.first_column),
-            TRANSPOSED=head.axis == "column",
+            *(u, v, given[0], *found[0], given[-1], *(found[1] if second else (None, None))),
+            *merging(results.view(-1)[: along * n], parts, blocks),
+            *(n, m, self.width, first_column),
+            SECOND=second,
+            TRANSPOSED=transposed,
             PRECISION=config.precision(u.dtype),
             **options,
         )
-        return lse, t
+        return found
 
     def gradient(self, upstream: Sequence[Upstream], *, rows: bool, columns: bool, wanted: Sequence[bool]) -> _Sums:
         """Of the rows, of the columns, or of both where they are the same; ``wanted``: which fields of the sums."""
@@ -172,11 +222,19 @@ def _looked_for(x: Tensor, y: Tensor | None, heads: Sequence[Head]) -> Tensor:
     return nothing
 
 
-def oriented(options: config.Options, axis: str) -> config.Options:
-    """Tiles for programs that own rows or columns, the same of the pair matrix."""
-    m, n = ("BLOCK_M", "BLOCK_N") if axis == "row" else ("BLOCK_N", "BLOCK_M")
-    tile = {name: value for name, value in options.items() if name != "SLICE"}
-    return {**tile, "BLOCK_M": options[m], "BLOCK_N": options[n]}
+def oriented(options: config.Options, transposed: bool) -> config.Options:
+    """Tiles for programs that own rows, or columns, the same of the pair matrix; threads hold pieces of its columns."""
+    tile = {"PIECES": 1, **options}
+    tile.pop("SLICE", None)
+    if transposed:
+        tile |= {"BLOCK_M": options["BLOCK_N"], "BLOCK_N": options["BLOCK_M"], "PIECES": 1}
+    return tile
+
+
+def _merged(head: Head, parts: Tensor) -> Tensor:
+    """lse, or the sum of a phi, from those of parts along the first axis."""
+    merged: Tensor = parts.logsumexp(0) if head.reduce == "lse" else parts.sum(0)
+    return merged
 
 
 def _problems(
@@ -289,7 +347,7 @@ def _results(
         found = (
             masked_lse_blocks.sums(problem.blocks, problem.heads, problem.first_column, problem.columns)
             if problem.plan == "strip"
-            else map(problem.sums, problem.heads, problem.arguments)
+            else problem.sums()
         )
         for place, (lse, t) in zip(problem.places, found, strict=True):
             results[place] = lse.add_(nothing), t.add_(nothing)
@@ -371,7 +429,8 @@ def _add_gradients(
     symmetric = problem.x is problem.y
     if problem.plan != "fused":
         those = masked_lse_blocks.Wanted(of_x.wanted, of_y.wanted, row_bias, column_bias, scale)
-        kind = "lse weights heavy" if problem.heavy else "lse weights"
+        light = "lse weights sums" if row_bias or column_bias or scale else "lse weights"
+        kind = "lse weights heavy" if problem.heavy or problem.listed else light
         found = masked_lse_blocks.gradients(
             problem.blocks, problem.heads, upstream, problem.first_column, problem.columns, those, kind
         )

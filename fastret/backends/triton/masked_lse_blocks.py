@@ -85,11 +85,13 @@ def _block_sums(
     lse, t = torch.empty(2, n, dtype=scores.dtype, device=scores.device)
     given = arguments(head, scores.new_empty(()), columns, norms=strips.norms_of(b))
     kernels.masked_lse_kernel[blocks, parts](
-        *(scores, None, given, lse, t, *merging(lse, parts, blocks)),
+        *(scores, None, given, lse, t, given, None, None, *merging(lse, parts, blocks)),
         *(n, m, scores.stride(0), first_column + b.first_column),
+        SECOND="",
         TRANSPOSED=head.axis == "column",
         PRECISION="ieee",  # nothing is multiplied
         BLOCK_K=0,
+        PIECES=1,
         **options,
     )
     return lse, t
@@ -192,7 +194,6 @@ class _Launch:
             *(0 if weights is None else weights.stride(0), self.first_column + b.first_column),
             PRECISION=config.precision(u.dtype),
             HEADS=count,
-            SLOTS=triton.next_power_of_2(count),
             **self.options,
         )
         return tables
@@ -223,9 +224,8 @@ def gradients(
     """From those of each head's lse and t; ``kind``: of the tiles that multiply scores that are not stored."""
     u, v = strips.u, strips.v
     symmetric = u is v
-    options = config.lookup("strip" if strips.stored else kind, u.device, u.dtype)
-    if strips.stored:
-        options = {**options, "BLOCK_K": 0}  # nothing is multiplied
+    tiles = config.lookup("strip" if strips.stored else kind, u.device, u.dtype)
+    options = {"PIECES": 1, "BLOCK_K": 0, **tiles}  # stored scores are not multiplied
 
     def zeros(*shape: int, of: bool) -> Tensor | None:
         return torch.zeros(*shape, dtype=accumulation_dtype(u.dtype), device=u.device) if of else None

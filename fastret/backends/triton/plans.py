@@ -2,10 +2,10 @@
 
 "fused": tiles of S are multiplied where they are used, and multiplied again for every slice of features that a program
 accumulates in registers. "weights": tiles of S are multiplied where they are used, in backward into pair weights that
-are stored block by block in a workspace of bounded size, in the dtype of the rows, and PyTorch multiplies these by the
-rows of either side: 3 matmuls and one for each head's forward, and 3 passes over the stored weights. "strip": PyTorch
-multiplies S into the workspace too: 4 matmuls forward and backward, all at the vendor library's speed, and 4 to 6
-passes over the stored scores. ``plan`` decides.
+are stored block by block in a workspace of bounded size, in the dtype of the rows (masked_lse: in float16 times a power
+of two), and PyTorch multiplies these by the rows of either side: 3 matmuls and one for the forward of two heads, and 3
+passes over the stored weights. "strip": PyTorch multiplies S into the workspace too: 4 matmuls forward and backward,
+all at the vendor library's speed, and 4 to 6 passes over the stored scores. ``plan`` decides.
 
 FASTRET_TRITON_PLAN=fused|weights|strip decides otherwise, for measuring. FASTRET_WORKSPACE is the bound: bytes, or a
 number with KiB, MiB or GiB; 128MiB where it is not set.

@@ -39,7 +39,7 @@ def forward(
             found = _by_strips(Strips(u, v), extrema, first_column)
         else:
             options = config.lookup("lse weights heavy" if plan == "weights" else "lse heavy", u.device, u.dtype)
-            tile = {name: option for name, option in options.items() if name != "SLICE"}
+            tile = {name: option for name, option in options.items() if name not in ("SLICE", "PIECES")}
             found = [_extremum(u, v, kind, mask, padded(x.shape[1]), first_column, tile) for kind, mask in extrema]
         return [(value.add_(nothing), index) for value, index in found]
 
