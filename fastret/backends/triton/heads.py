@@ -17,6 +17,7 @@ def arguments(
 ) -> pairs.Head:
     """A head as the kernels take it; ``like`` has the dtype of accumulation, ``columns`` are the whole matrix's, norms
     those of columns that are not divided by them."""
+    lse, grad_lse, grad_target = upstream or (None, None, None)
     return pairs.Head(
         head.scale if isinstance(head.scale, Tensor) else _number(head.scale, like),
         head.row_bias,
@@ -28,8 +29,10 @@ def arguments(
         tl.constexpr(head.target is not None or head.smoothing > 0),
         tl.constexpr(head.axis),
         tl.constexpr(head.reduce),
-        *(upstream or ()),
-        norms=norms,
+        lse,
+        grad_lse,
+        grad_target,
+        norms,
     )
 
 
