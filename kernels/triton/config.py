@@ -180,7 +180,11 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
         "sm_90": (_tile(64, 32, 64, 8, 3),),
         "gfx942": (_tile(16, 16, 32, 4, 2),),
     },
-    ("lse weights heavy", 4): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
+    ("lse weights heavy", 4): {
+        "sm_80": (_tile(16, 16, 16, 8, 2),),
+        "sm_90": (_tile(32, 32, 16, 8, 2),),
+        "gfx942": (_tile(16, 16, 16, 8, 2),),
+    },
     ("lse weights heavy tf32", 4): {
         "sm_80": (_tile(32, 32, 32, 8, 2),),
         "sm_90": (_tile(64, 32, 32, 8, 2),),
