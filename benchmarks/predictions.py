@@ -19,8 +19,10 @@ ISSUED = 28.7e12  # other instructions a second, of a thread
 L2 = 7e12  # bytes a second
 MEMORY = 3.35e12
 SHARED = 28.7e12  # 132 SMs x 32 banks x 4 bytes x 1.7 GHz
-# Instructions beside the special function of a sigmoid, out of compiled kernels (docs/performance.md).
-SWEPT, IN_GRADIENT = 9, 17
+# Instructions out of compiled kernels (docs/performance.md), a pair and positive, and a pair: forward with slopes,
+# weights, a side of the fused gradient, and the same of stored scores.
+SWEPT, WEIGHED, IN_GRADIENT, SWEPT_STORED, WEIGHED_STORED = (7.0, 17), (6.7, 20), (13, 20), (57, 0), (9.7, 20)
+SCANNED = {4: 42, 2: 53}  # instructions a query and code of 16 books, by the bytes of an entry
 CHUNK = 16  # positives of a sweep
 
 
@@ -116,17 +118,16 @@ class Pairs:
 
 
 def of_lse(pairs: Pairs) -> dict[str, list[Phase]]:
-    """masked_lse forward and backward by each plan."""
+    """masked_lse forward and backward by each plan; of two heads with a gradient of their scale."""
     count = pairs.n * pairs.m
-    forward = [
-        pairs.phase("forward", 1, special=count, l2=pairs.reread("lse"), memory=pairs.rows) for _ in range(pairs.heads)
-    ]
     every, stored = float(pairs.heads * count), float(count * pairs.itemsize)
-    weights = pairs.phase("weights", 1, special=every, l2=pairs.reread("lse"), memory=pairs.rows + stored)
+    one, sums = ("lse", "lse weights") if pairs.heads == 1 else ("lse two", "lse weights sums")
+    forward = pairs.phase("forward", 1, special=every, l2=pairs.reread(one), memory=pairs.rows)
+    weights = pairs.phase("weights", 1, special=every, l2=pairs.reread(sums), memory=pairs.rows + stored)
     scores = pairs.phase("scores", 1, memory=pairs.rows + 4.0 * count)
     return {
-        "fused": [*forward, *(pairs.gradient("lse gradient", pairs.heads) for _ in range(2))],
-        "weights": [*forward, weights, *pairs.products_of_weights()],
+        "fused": [forward, *(pairs.gradient("lse gradient", pairs.heads) for _ in range(2))],
+        "weights": [forward, weights, *pairs.products_of_weights()],
         "strip": [
             scores,
             Phase("sums of stored scores", special=every, memory=4.0 * every),
@@ -138,27 +139,28 @@ def of_lse(pairs: Pairs) -> dict[str, list[Phase]]:
 
 
 def of_ranks(pairs: Pairs, positives: int) -> dict[str, list[Phase]]:
-    """rank_sums of rows with themselves: one gradient for both sides, with sigmoids of each."""
+    """rank_sums of rows with themselves, one sweep forward; one gradient for both sides, with sigmoids of each."""
     count = pairs.n * pairs.m
     sigmoids, chunks = float(positives * count), math.ceil(positives / CHUNK)
+    swept, kept = 4.0 * chunks * count, float(count * pairs.itemsize)
+
+    def issued(instructions: tuple[float, float], pieces: int = 1) -> float:
+        return instructions[0] * sigmoids + instructions[1] * pieces * count
+
+    l2 = pairs.reread("sums")
     sweep = pairs.phase(
-        "sums", chunks, special=sigmoids, issued=SWEPT * sigmoids, l2=chunks * pairs.reread("sums"), memory=pairs.rows
+        "sums", chunks, special=sigmoids, issued=issued(SWEPT, chunks), l2=chunks * l2, memory=pairs.rows
     )
-    stored = Phase("weights", special=sigmoids, issued=IN_GRADIENT * sigmoids, memory=count * (4.0 + pairs.itemsize))
+    weights = pairs.phase("weights", 1, special=sigmoids, issued=issued(WEIGHED), l2=l2, memory=pairs.rows + kept)
     scores = pairs.phase("scores", 1, memory=pairs.rows + 4.0 * count)
-    swept = Phase("stored sums", special=2 * sigmoids, issued=35 * sigmoids, memory=4.0 * chunks * count)
-    weights = pairs.phase(
-        "weights",
-        1,
-        special=sigmoids,
-        issued=IN_GRADIENT * sigmoids,
-        l2=pairs.reread("sums"),
-        memory=pairs.rows + count * pairs.itemsize,
-    )
+    stored = Phase("weights of stored scores", 0, 1, sigmoids, issued(WEIGHED_STORED), memory=4.0 * count + kept)
     return {
-        "fused": [sweep, sweep, pairs.gradient("gradient", 2 * positives, 2 * IN_GRADIENT * positives)],
-        "weights": [sweep, sweep, weights, *pairs.products_of_weights()],
-        "strip": [scores, swept, scores, swept, stored, *pairs.products_of_weights()],
+        "fused": [sweep, pairs.gradient("gradient", 2 * positives, 2 * (IN_GRADIENT[0] * positives + IN_GRADIENT[1]))],
+        "weights": [sweep, weights, *pairs.products_of_weights()],
+        "strip": [
+            *(scores, Phase("stored sums", 0, 1, 2 * sigmoids, issued(SWEPT_STORED), memory=swept)),
+            *(scores, stored, *pairs.products_of_weights()),
+        ],
     }
 
 
@@ -181,8 +183,10 @@ def of_search(n: int, m: int, width: int) -> dict[str, list[Phase]]:
 
 
 def of_scan(n: int, m: int, books: int, itemsize: int) -> dict[str, list[Phase]]:
-    """pq_topk: a lookup in shared memory a query, code and book; codes of a byte."""
-    return {"lookups": [Phase("scan", shared=float(n) * m * books * itemsize, memory=float(m * books))]}
+    """pq_topk: a lookup in shared memory a query, code and book; codes of a byte; instructions as those of 16 books."""
+    pairs = float(n) * m
+    issued = pairs * SCANNED[itemsize] * books / 16
+    return {"lookups": [Phase("scan", issued=issued, shared=pairs * books * itemsize, memory=float(m * books))]}
 
 
 _BY_OP: dict[str, Callable[[Size, str], dict[str, list[Phase]]]] = {

@@ -43,7 +43,7 @@ def test_matmuls_of_plans() -> None:
         assert matmuls(pairs, "fused") == fused
         assert matmuls(pairs, "weights") == matmuls(pairs, "strip") == 4
     two = dataclasses.replace(PAIRS, heads=2)
-    assert [matmuls(two, plan) for plan in ("fused", "weights", "strip")] == [6, 5, 4]
+    assert [matmuls(two, plan) for plan in ("fused", "weights", "strip")] == [5, 4, 4]
     assert matmuls(dataclasses.replace(PAIRS, dtype="float32"), "fused") == 11
 
 
@@ -67,8 +67,11 @@ def test_ranks_grow_with_positives() -> None:
 
 
 def test_lookups() -> None:
-    """As the issue counts them: 21 ms with tables in float32, 11 in float16."""
-    assert [round(total(of_scan(10_000, 1_000_000, 16, size)["lookups"])) for size in (4, 2)] == [22, 11]
+    """Bound by the banks of shared memory with tables in float32, with float16 by what turns entries into float32."""
+    assert [round(total(of_scan(10_000, 1_000_000, 16, size)["lookups"])) for size in (4, 2)] == [22, 18]
+    assert [1e3 * of_scan(10_000, 1_000_000, 16, size)["lookups"][0].shared / SHARED for size in (4, 2)] == (
+        pytest.approx([22.3, 11.1], rel=0.01)
+    )
 
 
 @pytest.mark.parametrize("floor", FLOORS, ids=lambda floor: f"{floor.op} {floor.size}")
