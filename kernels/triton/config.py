@@ -180,7 +180,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("lse weights heavy", 8): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
     ("lse gradient", 2): {
         "sm_80": (
-            _tile(64, 16, 64, 8, 2, SLICE=128),
+            _tile(64, 16, 32, 8, 2, SLICE=128),
             _tile(64, 32, 32, 8, 3, SLICE=256),
             _tile(32, 32, 64, 8, 3, SLICE=512),
         ),
