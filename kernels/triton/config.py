@@ -193,7 +193,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("lse weights heavy", 8): {"sm_80": (_tile(32, 32, 16, 8, 2),), "gfx942": (_tile(16, 16, 16, 8, 2),)},
     ("lse gradient", 2): {
         "sm_80": (
-            _tile(64, 16, 64, 8, 2, SLICE=128),
+            _tile(64, 16, 32, 8, 2, SLICE=128),
             _tile(64, 32, 32, 8, 3, SLICE=256),
             _tile(32, 32, 64, 8, 3, SLICE=512),
         ),
@@ -215,7 +215,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("lse gradient", 4): {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
-        "sm_100": (_tile(64, 16, 16, 8, 2, SLICE=128),),
+        "sm_100": (_tile(32, 32, 16, 8, 2, SLICE=128),),
         "gfx942": (_tile(64, 16, 32, 4, 2, SLICE=128),),
     },
     ("lse gradient tf32", 4): {
