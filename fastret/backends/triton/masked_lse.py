@@ -10,6 +10,7 @@ the dtype of accumulation; O(N + M) for each head; where sums are divided into p
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -36,7 +37,8 @@ from fastret.backends.workspace import workspace
 from fastret.kernels.triton import config, pairs
 from fastret.kernels.triton import masked_lse as kernels
 
-HEADS = 2  # that share a product of rows in backward: what registers hold, with all their conditions
+HEADS = 2  # that share a product of rows: what registers hold, with all their conditions
+TABLES = 4  # of a head across, for every block of lines: lse, t, and what merging them takes
 CONDITIONS = 6  # that two heads may have for the larger tiles
 FEW = 2  # columns a row, up to which they are copied
 
@@ -133,22 +135,31 @@ class _Problem:
         n, m = (len(side) for side in self.sides(first.axis))
         dtype = self.arguments[0].scale.dtype
         step = config.lookup("lse two", self.x.rows.device, self.x.rows.dtype)["BLOCK_M"]
-        room = max(1, workspace() // (2 * dtype.itemsize * m)) * step
-        found = [self._launch("lse two", (0, 1), begin, min(room, n - begin)) for begin in range(0, n, room)]
-        if len(found) == 1:
-            (own, (parts, scores)) = found[0]
-            return [own, (_merged(second, parts), scores.sum(0))]
-        own = torch.cat([lse for (lse, _), _ in found]), torch.cat([t for (_, t), _ in found])
-        # added up in float64: the rounding of a partial lse would come once a launch
-        parts = torch.stack([_merged(second, parts.to(torch.float64)) for _, (parts, _) in found])
-        scores = torch.stack([scores.sum(0, dtype=torch.float64) for _, (_, scores) in found])
-        return [own, (_merged(second, parts).to(dtype), scores.sum(0).to(dtype))]
+        room = max(1, workspace() // (TABLES * dtype.itemsize * m)) * step
+        own: list[tuple[Tensor, Tensor]] = []
+        lse = t = None
+        for begin in range(0, n, room):
+            one, (parts, scores) = self._launch("lse two", (0, 1), begin, min(room, n - begin))
+            own.append(one)
+            merged = _merged(second, parts)
+            if lse is None:
+                lse = merged
+            elif second.reduce == "lse":  # in float64: the rounding of a partial lse would come once a launch
+                lse = torch.logaddexp(lse.to(torch.float64), merged.to(torch.float64))
+            else:
+                lse = lse.to(torch.float64) + merged
+            if scores is not None:
+                t = scores.sum(0) if t is None else t.to(torch.float64) + scores.sum(0)
+        assert lse is not None
+        across = lse.to(dtype), torch.zeros(m, dtype=dtype, device=lse.device) if t is None else t.to(dtype)
+        along = own[0] if len(own) == 1 else (torch.cat([lse for lse, _ in own]), torch.cat([t for _, t in own]))
+        return [along, across]
 
     def _launch(
         self, kind: str, which: tuple[int, ...], begin: int = 0, n: int | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[tuple[Tensor, Any]]:
         """lse and t of one head or two, for n lines, or all, of the side of the first from ``begin`` on; of a second
-        head over the other side (blocks of lines, m) parts of them."""
+        head over the other side (blocks of lines, m) parts of them, and None where it has no target."""
         heads, given = [self.heads[k] for k in which], [self.arguments[k] for k in which]
         axis, first_column = heads[0].axis, self.first_column
         u, v = self.sides(axis)
@@ -166,10 +177,9 @@ class _Problem:
         second = "" if len(heads) == 1 else "along" if heads[1].axis == axis else "across"
         along = 2 if second == "along" else 1
         results = torch.empty(along, 2, n, dtype=given[0].scale.dtype, device=u.device)
-        found = [(lse, t) for lse, t in results]
+        found: list[tuple[Tensor, Any]] = [(lse, t) for lse, t in results]
         if second == "across":
-            lse, t = results.new_empty(2, blocks, m)
-            found.append((lse, t if given[1].scored else t.zero_()))
+            found.append((results.new_empty(blocks, m), results.new_empty(blocks, m) if given[1].scored else None))
         kernels.masked_lse_kernel[blocks, parts](
             *(u, v, given[0], *found[0], given[-1], *(found[1] if second else (None, None))),
             *merging(results.view(-1)[: along * n], parts, blocks),
@@ -368,7 +378,7 @@ def _gradients(
     """Those that are wanted, in the accumulation dtype; of rows in ``dtype``."""
 
     def blank(wanted: bool, values: list[float | Tensor | None]) -> list[Tensor | None]:
-        return [torch.zeros_like(v) + nothing if isinstance(v, Tensor) and wanted else None for v in values]
+        return [torch.zeros_like(v) if isinstance(v, Tensor) and wanted else None for v in values]
 
     scale = blank(need.scale, [h.scale for h in heads])
     row_bias = blank(need.row_bias, [h.row_bias for h in heads])
@@ -378,6 +388,9 @@ def _gradients(
     if len(x) and of_y.shape[0]:
         for problem in problems:
             _add_gradients((of_x, of_y), parameters, problem, [upstream[k] for k in problem.places])
+    for gradient in (*scale, *row_bias, *column_bias):  # now that all rows have been looked through
+        if gradient is not None:
+            gradient += nothing
     return parameters._replace(x=of_x.result(nothing, dtype), y=of_y.result(nothing, dtype))
 
 

@@ -143,10 +143,10 @@ class Strips:
         return None if self.norms is None else self.norms[b.first_column :][: b.columns]
 
     def room(self) -> int:
-        """Pairs of a block."""
+        """Pairs of a block, which stand ``padded`` columns apart."""
         wide = accumulation_dtype(self.u.dtype).itemsize
         size = self.u.dtype.itemsize * self.half + wide * (self.stored or not self.half)
-        return workspace() // size
+        return workspace() // size * len(self.v) // max(padded(len(self.v)), 1)
 
     def fits(self) -> bool:
         """Whether whole rows do, as many as a block has at the least."""
