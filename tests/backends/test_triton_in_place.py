@@ -193,16 +193,11 @@ class Memory(TorchDispatchMode):
         return result
 
 
-@pytest.mark.skipif(COMPILED, reason="tests/gpu/test_scale.py asks the allocator")
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_that_of_one_gradient(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, plan: str, dtype: torch.dtype
-) -> None:
-    """In the dtype of accumulation; beside it a few rows, numbers a column, and blocks of 16 x 16 scores or weights."""
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """Of which launches take none: the interpreter copies with PyTorch."""
     from triton.runtime import interpreter
 
-    request.getfixturevalue(plan)
     launch = interpreter.GridExecutor.__call__
 
     def alone(self: Any, *arguments: Any, **options: Any) -> None:
@@ -210,10 +205,49 @@ def test_memory_is_that_of_one_gradient(
             launch(self, *arguments, **options)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", alone)
+    return Memory()
+
+
+@pytest.mark.skipif(COMPILED, reason="tests/gpu/test_scale.py asks the allocator")
+@pytest.mark.parametrize("reduce", ["lse", "hinge"])
+def test_sums_across_are_merged_as_they_come(monkeypatch: pytest.MonkeyPatch, memory: Memory, reduce: str) -> None:
+    """Of heads over rows and columns: a table of all blocks of rows and columns would be 256 KiB, twice."""
+    monkeypatch.setattr("fastret.backends.workspace._workspace", "32KiB")
+    x, y = rows(1024, 16).float(), rows(1024, 16, seed=6).float()
+    heads = [Head(6.0, target=Indexed(labels(1024, 1024)), axis=axis, reduce=reduce) for axis in ("row", "column")]
+    with memory:
+        found = backend.forward(x, y, heads, normalize=True, first_column=0, columns=1024)
+    assert memory.most <= 2 * 4 * 1024 * 16 + 32 * 1024 + 40 * 8 * 1024
+    expected = masked_lse(x, y, heads=heads, impl="tiled") if reduce == "lse" else found
+    for of_head, should_be in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_head, tuple(should_be), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_nan_in_rows_reaches_gradients_of_biases(request: pytest.FixtureRequest, plan: str) -> None:
+    """Also those of a phi that is flat there."""
+    request.getfixturevalue(plan)
+    x, y = rows(9, 5), rows(11, 5, seed=6)
+    y[4, 1] = torch.nan
+    biases = [torch.zeros(n, device=DEVICE, dtype=x.dtype, requires_grad=True) for n in (9, 11)]
+    head = Head(2.0, row_bias=biases[0], column_bias=biases[1], reduce="hinge")
+    ((total, _),) = masked_lse(x, y, heads=[head], normalize=False, impl="triton")
+    for gradient in torch.autograd.grad(total.sum(), biases):
+        assert gradient.isnan().all()
+
+
+@pytest.mark.skipif(COMPILED, reason="tests/gpu/test_scale.py asks the allocator")
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_that_of_one_gradient(
+    request: pytest.FixtureRequest, memory: Memory, plan: str, dtype: torch.dtype
+) -> None:
+    """In the dtype of accumulation; beside it a few rows, numbers a column, and blocks of 16 x 16 scores or weights."""
+    request.getfixturevalue(plan)
     x, y = rows(4, 64).to(dtype), rows(400, 64, seed=6).to(dtype)
     head, weight = Head(6.0, target=Indexed(labels(4, 400)), smoothing=0.2), uniform(4).float()
     need = Need(True, True, False, False, False)
-    with Memory() as memory:
+    with memory:
         value, gradients = backend.sweep(x, y, head, weight, normalize=True, first_column=0, columns=400, need=need)
     assert gradients.y is not None
     assert gradients.y.dtype == torch.float32
