@@ -31,14 +31,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 _TF32, _TF32_TOLERANCE = " tf32", 2e-2  # cuBLAS rounds factors otherwise than Triton
 
-# Smallest and largest of what is varied. What is missing here is no matter of speed alone: SLICE, CHUNK and FACTORED.
+# Smallest and largest of what is varied. What is missing here is no matter of speed alone, SLICE, CHUNK and FACTORED,
+# or follows from registers: PIECES.
 _RANGES = {
     "BLOCK_M": (16, 256),
     "BLOCK_N": (16, 256),
     "BLOCK_K": (16, 128),
     "BLOCK_P": (4, 64),
     "BLOCK_S": (16, 128),
-    "BLOCK_D": (32, 512),
+    "BLOCK_R": (1, 16),
+    "BLOCK_D": (32, 2048),
     "BLOCK_W": (32, 512),
     "num_warps": (2, 16),
     "num_stages": (1, 5),
@@ -191,8 +193,8 @@ WORKLOADS: dict[str, Workload] = {
     "lse listed": Workload("masked_lse", _multi_label),
     "lse heavy": Workload("row_extrema", _mined, "fused"),
     "lse weights heavy": Workload("row_extrema", _mined, "weights"),
-    **dict.fromkeys(("pack", "unpack"), Workload("pair_dot", _packed)),
     **dict.fromkeys(("pair scores", "pair gradient"), Workload("pair_dot", _pairs)),
+    **dict.fromkeys(("pack", "unpack"), Workload("pair_dot", _packed)),
     **dict.fromkeys(("assign", "assign rows", "assign words"), Workload("soft_assign", _assigned)),
     **dict.fromkeys(("sampled scores", "sampled gradient"), Workload("sampled_dot", _noise)),
     "patchmix": Workload("patchmix", _mixed),

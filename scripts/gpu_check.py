@@ -217,9 +217,9 @@ def machine() -> dict[str, str]:
     query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
     if (line := _first_line(*query)) is not None:
         found |= dict(zip(("gpu", "driver", "memory"), line.split(", "), strict=False))
-    nvcc = [line for line in _output("nvcc", "--version").splitlines() if "release" in line]
-    if nvcc:
-        found["nvcc"] = nvcc[0].strip()
+    compiler = [line for line in _output(nvcc() or "nvcc", "--version").splitlines() if "release" in line]
+    if compiler:
+        found["nvcc"] = compiler[0].strip()
     return found
 
 

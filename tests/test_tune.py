@@ -305,6 +305,13 @@ def test_measured_plans_are_read_back_and_followed(monkeypatch: pytest.MonkeyPat
     assert config.plan_of_wide_rows("lse gradient", torch.device("cpu"), torch.float32) is None
 
 
+def test_the_workload_that_stands_for_an_op_is_its_own() -> None:
+    """A few pairs of many rows show how rows are packed, not who should score pairs."""
+    first = {workload.op: workload.make for workload in reversed([*tune.WORKLOADS.values()])}
+    assert first["pair_dot"] is tune._pairs
+    assert first["masked_lse"] in (tune._info_nce, tune._info_nce_forward)
+
+
 def test_workloads_are_calls_that_every_implementation_takes() -> None:
     """And the same each time, so that results of two configurations can be compared."""
     for make in {workload.make for workload in (*tune.WORKLOADS.values(), *tune.SELECTIONS)}:

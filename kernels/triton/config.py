@@ -159,6 +159,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     ("lse weights tf32", 4): {
         "sm_80": (_tile(128, 64, 32, 8, 2, PIECES=2),),
         "sm_90": (_tile(128, 128, 32, 8, 3, PIECES=4),),
+        "sm_100": (_tile(128, 64, 32, 8, 2, PIECES=2),),
         "gfx942": (_tile(128, 64, 32, 8, 2, PIECES=2),),
     },
     ("lse weights", 8): _everywhere(_tile(32, 32, 16, 8, 2)),
@@ -215,7 +216,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("lse gradient", 4): {
         "sm_80": (_tile(64, 16, 32, 8, 2, SLICE=128),),
-        "sm_100": (_tile(32, 32, 16, 8, 2, SLICE=128),),
+        "sm_100": (_tile(64, 16, 16, 8, 2, SLICE=128, maxnreg=255),),  # else ptxas spills 8 bytes to go below 129
         "gfx942": (_tile(64, 16, 32, 4, 2, SLICE=128),),
     },
     ("lse gradient tf32", 4): {
