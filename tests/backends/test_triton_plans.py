@@ -186,8 +186,8 @@ def test_half_precision_is_widened_where_pytorch_has_no_wide_product() -> None:
 
 def test_what_pytorch_has_is_found_in_its_operators() -> None:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    assert products.INTO_FLOAT32 == (release >= (2, 8))
-    assert products.ONTO_FLOAT32 == (release >= (2, 11))
+    assert (release >= (2, 8)) == products.INTO_FLOAT32
+    assert (release >= (2, 11)) == products.ONTO_FLOAT32
 
 
 def test_wide_products_are_used_where_pytorch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
