@@ -32,26 +32,30 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_plan_follows_from_the_width_and_from_what_multiplies() -> None:
     assert [plans.plan(width, 128, tensor_cores=False) for width in (128, 144)] == ["fused", "strip"]
     assert [plans.plan(width, 512, tensor_cores=True) for width in (64, 80, 4096)] == ["fused", "weights", "weights"]
+    assert [plans.plan(width, 512, tensor_cores=True, wide=96) for width in (64, 96, 112)] == [
+        *("fused", "weights", "strip")
+    ]
     for asked in ("fused", "weights", "strip"):
         assert {plans.plan(w, 512, tensor_cores=t, asked=asked) for w in (16, 4096) for t in (True, False)} == {asked}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind", "widest", "wider"),
+    ("dtype", "kind", "widest", "wider", "wide"),
     [
-        (torch.bfloat16, "lse gradient", 64, "weights"),
-        (torch.float16, "gradient", 64, "weights"),
-        (torch.bfloat16, "lse heavy", 64, "weights"),
-        (torch.float32, "lse gradient", 128, "strip"),
-        (torch.float32, "gradient", 128, "strip"),
-        (torch.float64, "lse gradient", 32, "strip"),
+        (torch.bfloat16, "lse gradient", 64, "weights", "strip"),
+        (torch.float16, "lse gradient", 64, "weights", "weights"),
+        (torch.bfloat16, "gradient", 64, "weights", "weights"),
+        (torch.bfloat16, "lse heavy", 64, "weights", "strip"),
+        (torch.float32, "lse gradient", 128, "strip", "strip"),
+        (torch.float32, "gradient", 128, "strip", "strip"),
+        (torch.float64, "lse gradient", 32, "strip", "strip"),
     ],
 )
-def test_the_widest_rows_of_fused_kernels(dtype: torch.dtype, kind: str, widest: int, wider: str) -> None:
+def test_the_widest_rows_of_fused_kernels(dtype: torch.dtype, kind: str, widest: int, wider: str, wide: str) -> None:
     def plan(width: int) -> str:
         return plans.plan_for(torch.empty(3, width, dtype=dtype, device=DEVICE), kind)
 
-    assert [plan(widest), plan(widest + 1), plan(4096)] == ["fused", wider, wider]
+    assert [plan(widest), plan(widest + 1), plan(4096)] == ["fused", wider, wide]
 
 
 def test_float32_goes_by_weights_where_its_products_may_be_tf32() -> None:
