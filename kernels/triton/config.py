@@ -239,7 +239,7 @@ _TABLE: dict[tuple[str, int], dict[str, tuple[Options, ...]]] = {
     },
     ("lse heavy", 8): {
         "sm_80": (_tile(32, 32, 16, 8, 2, SLICE=32),),
-        "sm_100": (_tile(16, 16, 16, 4, 2, SLICE=32),),
+        "sm_90": (_tile(16, 16, 16, 4, 2, SLICE=32),),
         "gfx942": (_tile(16, 16, 16, 4, 2, SLICE=32),),
     },
     ("assign", 2): _everywhere(_assign(64, 64, 8, 32), _assign(64, 32, 8, 128)),
