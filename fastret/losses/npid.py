@@ -139,7 +139,8 @@ class NPID(StaysFloat32):
             )
         x = unit_rows(x) if self.normalize else x
         learning = self.training and torch.is_grad_enabled()
-        if self.update == "backward" and learning and x.requires_grad:
+        differentiated = x.view_as(x).requires_grad  # of x itself Dynamo may not know (``fastret.ops.library.apply``)
+        if self.update == "backward" and learning and differentiated:
             x = update_in_backward(eager_only(x, ONLY_EAGER), index, self.bank.update_)
         rows = x.to(self.bank.memory.dtype) if torch.float64 in (x.dtype, self.bank.memory.dtype) else x
         logits = sampled_dot(

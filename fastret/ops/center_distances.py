@@ -23,7 +23,7 @@ from fastret.backends.reference import center_distances as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.tiled import center_distances as tiled
 from fastret.ops import checks
-from fastret.ops.library import define, refuse
+from fastret.ops.library import apply, define, refuse
 
 
 def center_distances(w: Tensor, centers: int, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def center_distances(w: Tensor, centers: int, *, impl: str | None = None) -> tup
     if impl == "reference":
         with torch.autocast(w.device.type, enabled=False):
             return w, reference.center_distances(w, centers)
-    rows, sums = _CenterDistances.apply(w, centers)
+    rows, sums = apply(_CenterDistances, w, centers)
     return rows, sums
 
 

@@ -143,7 +143,10 @@ def wants_gradient(t: Tensor | None) -> bool:
     """Whether a backward could ask for the gradient of t."""
     if t is None or not torch.is_grad_enabled():
         return False
-    return t.requires_grad or (not torch.compiler.is_compiling() and is_wrapped(t))
+    if torch.compiler.is_compiling():
+        t = t.view_as(t)  # of t itself Dynamo knows what it required before torch.func.grad (``library.apply``)
+        return t.requires_grad
+    return t.requires_grad or is_wrapped(t)
 
 
 def check_range(index: Tensor, size: int, name: str, *, negative: bool = False) -> None:

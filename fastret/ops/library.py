@@ -29,6 +29,32 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     torch.library.register_fake(f"fastret::{name}", fake, lib=_library)
 
 
+def apply(function: Any, *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, differentiated also where torch.compile traces torch.func.grad.
+
+    Dynamo notes whether a tensor requires a gradient when it first meets it, and does not look again when
+    torch.func.grad starts to differentiate it. It would take the arguments for constants, inline the forward without
+    its backward, and the gradient would be zero; what is computed from a tensor is looked at anew, even a view.
+
+    Raises:
+        NotImplementedError: torch.compile traces several transforms of torch.func, or forward mode: with fullgraph=True
+            inside of Dynamo's own error, otherwise Dynamo runs the code eagerly.
+    """
+    if torch.compiler.is_compiling():
+        if not _compiles():  # its stand-in for a Function knows one level of differentiation, and none forward
+            raise NotImplementedError(
+                f"{function.__name__}: under torch.compile one torch.func.grad, vjp or jacrev, not several or jvp"
+            )
+        arguments = tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in arguments)
+    return function.apply(*arguments)
+
+
+@torch.compiler.assume_constant_result  # Dynamo guards the stack, and traces no look at it
+def _compiles() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return len(stack) <= 1 and all(level.key() != torch._C._functorch.TransformType.Jvp for level in stack)
+
+
 def loop_under_vmap(name: str) -> None:
     """vmap of an operator with lists of tensors, for which PyTorch has no fallback: one call per item of the batch."""
     operator = getattr(torch.ops.fastret, name).default

@@ -54,7 +54,7 @@ from fastret.backends.reference import masked_lse as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
 from fastret.ops.heads import axes, check_heads
-from fastret.ops.library import define, loop_under_vmap, refuse
+from fastret.ops.library import apply, define, loop_under_vmap, refuse
 from fastret.ops.problem import LEARNED, SCHEMA, Problem, flat_gradients, pack
 
 
@@ -110,7 +110,7 @@ def masked_lse(
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.masked_lse(x, y, problem.checked_heads(), **problem.options())
-    results = _MaskedLse.apply(*problem)
+    results = apply(_MaskedLse, *problem)
     return [(results[2 * k], results[2 * k + 1]) for k in range(len(heads))]
 
 

@@ -18,7 +18,7 @@ from fastret.backends.pairs import Gradients, Head, Need
 from fastret.backends.reference import masked_lse as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
-from fastret.ops.library import define, loop_under_vmap, refuse
+from fastret.ops.library import apply, define, loop_under_vmap, refuse
 from fastret.ops.masked_lse import checked
 from fastret.ops.problem import LEARNED, SCHEMA, Problem, flat_gradients, pack
 
@@ -69,7 +69,7 @@ def masked_lse_sum(
             ((lse, t),) = reference.masked_lse(x, y, problem.checked_heads(), **problem.options())
         return weighted_sum(lse, t, row_weight)
     need = [checks.wants_gradient(t) for t in problem[:LEARNED]]
-    result, *_ = _MaskedLseSum.apply(*problem, row_weight, need)
+    result, *_ = apply(_MaskedLseSum, *problem, row_weight, need)
     loss: Tensor = result
     return loss
 

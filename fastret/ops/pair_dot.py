@@ -15,7 +15,7 @@ from fastret.backends.reference import pair_dot as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.segments import label_segments
 from fastret.ops import checks
-from fastret.ops.library import define, refuse
+from fastret.ops.library import apply, define, refuse
 
 
 def positive_pairs(labels: Tensor, y_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def pair_dot(
     if chosen == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.pair_dot(x, y, row, column, normalize=normalize)
-    scores: Tensor = _PairDot.apply(x, y, row, column, normalize, chosen)
+    scores: Tensor = apply(_PairDot, x, y, row, column, normalize, chosen)
     return scores
 
 

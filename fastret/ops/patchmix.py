@@ -29,7 +29,7 @@ from torch import Tensor
 from fastret.backends import registry
 from fastret.backends.reference import patchmix as reference
 from fastret.ops import checks
-from fastret.ops.library import define
+from fastret.ops.library import apply, define
 
 
 def patch_groups(
@@ -99,7 +99,7 @@ def patchmix(
     chosen = registry.resolve("patchmix", x.device, torch.float32, impl)
     if chosen == "reference":
         return reference.patchmix(x, groups, patch_size)
-    mixed: Tensor = _PatchMix.apply(x, groups, patch_size, chosen)
+    mixed: Tensor = apply(_PatchMix, x, groups, patch_size, chosen)
     return mixed
 
 

@@ -28,7 +28,7 @@ from fastret.backends.reference import rank_sums as reference
 from fastret.backends.rows import accumulation_dtype, unit_rows
 from fastret.backends.segments import Segments, label_segments
 from fastret.ops import checks
-from fastret.ops.library import define, refuse
+from fastret.ops.library import apply, define, refuse
 
 
 class RankSums(NamedTuple):
@@ -105,13 +105,13 @@ def rank_sums(
         temperature, normalize = 1.0, False
     slopes = checks.wants_gradient(x) or checks.wants_gradient(y)
     options = (float(temperature), exclude_self, normalize, slopes, chosen)
-    rank_all, rank_pos, *_, count = _RankSums.apply(x, y, labels, y_labels, samples_per_class, *options)
+    rank_all, rank_pos, *_, count = apply(_RankSums, x, y, labels, y_labels, samples_per_class, *options)
     return RankSums(rank_all, rank_pos, count)
 
 
 def sum_by_query(values: Tensor, counts: Tensor) -> Tensor:
     """(N,) sums of ``values`` (P,), one per positive pair, over the pairs of each query, ``counts`` (N,) of them."""
-    result: Tensor = _SumByQuery.apply(values, counts)
+    result: Tensor = apply(_SumByQuery, values, counts)
     return result
 
 

@@ -27,7 +27,7 @@ from fastret.backends.pairs import Head, PairMask
 from fastret.backends.reference import row_extrema as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops.heads import axes, flatten, restore
-from fastret.ops.library import define, loop_under_vmap, refuse
+from fastret.ops.library import apply, define, loop_under_vmap, refuse
 from fastret.ops.masked_lse import checked
 
 Extrema = Sequence[tuple[str, PairMask]]
@@ -69,8 +69,8 @@ def row_extrema(
     scatter = registry.resolve("pair_dot", x.device, x.dtype, impl)
     named = [Head(mask=mask, reduce=kind) for kind, mask in extrema]
     flat = flatten(named, accumulation_dtype(x.dtype))
-    results = _RowExtrema.apply(
-        x, y, flat.tensors, flat.numbers, flat.factors, flat.spec, normalize, first_column, chosen, scatter
+    results = apply(
+        _RowExtrema, x, y, flat.tensors, flat.numbers, flat.factors, flat.spec, normalize, first_column, chosen, scatter
     )
     return [(results[2 * k], results[2 * k + 1]) for k in range(len(heads))]
 

@@ -29,7 +29,7 @@ from fastret.backends.reference import sampled_dot as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.backends.sampling import MOST_COLUMNS, Draws
 from fastret.ops import checks
-from fastret.ops.library import define, refuse
+from fastret.ops.library import apply, define, refuse
 
 
 def sampled_dot(
@@ -78,7 +78,7 @@ def sampled_dot(
         _check_ranges(bank, first, index)
         with torch.autocast(x.device.type, enabled=False):
             return reference.sampled_dot(x, bank, first, index, _draws(drawn, count or 0))
-    scores: Tensor = _SampledDot.apply(x, bank, first, index, drawn, count or 0, chosen)
+    scores: Tensor = apply(_SampledDot, x, bank, first, index, drawn, count or 0, chosen)
     return scores
 
 

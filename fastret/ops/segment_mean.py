@@ -28,7 +28,7 @@ from fastret.backends import registry
 from fastret.backends.reference import segment_mean as reference
 from fastret.backends.rows import accumulation_dtype
 from fastret.ops import checks
-from fastret.ops.library import define
+from fastret.ops.library import apply, define
 
 REDUCTIONS = ("mean", "sum")
 
@@ -62,7 +62,7 @@ def segment_mean(
         checks.check_range(index, num_segments, "index", negative=True)
         with torch.autocast(x.device.type, enabled=False):
             return reference.segment_mean(x, index, num_segments, mean=reduce == "mean")
-    result, counts = _SegmentMean.apply(x, index, num_segments, reduce == "mean", chosen)
+    result, counts = apply(_SegmentMean, x, index, num_segments, reduce == "mean", chosen)
     return result, counts
 
 

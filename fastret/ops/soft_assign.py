@@ -51,7 +51,7 @@ from fastret.backends import registry
 from fastret.backends.reference import soft_assign as reference
 from fastret.backends.rows import accumulation_dtype, poison
 from fastret.ops import checks
-from fastret.ops.library import define, refuse
+from fastret.ops.library import apply, define, refuse
 
 HARD = ("detached", "straight-through")
 WIDE = 128  # features of a key or a word; not every implementation takes more
@@ -126,8 +126,8 @@ def soft_assign(
             keys, bias = (None if t is None else t.to(wide) for t in (keys, bias))
             if x is not None and tau is not None:
                 x, keys, bias = _keys(x, codebook, tau)
-            codes, values, words, used, squares, _ = _SoftAssign.apply(
-                x, keys, bias, logits, codebook, soft, hard or "", usage, purity, chosen
+            codes, values, words, used, squares, _ = apply(
+                _SoftAssign, x, keys, bias, logits, codebook, soft, hard or "", usage, purity, chosen
             )
     return SoftAssign(
         codes,
