@@ -129,7 +129,9 @@ def check_operators(heads: Sequence[Head]) -> None:
     torch.library.opcheck(torch.ops.fastret.masked_lse_backward.default, (grads, lses, *problem, [True] * LEARNED))
 
 
-def test_operators_are_what_pytorch_expects() -> None:
+@pytest.mark.parametrize("plan", ["fused", "weights", "strips"])
+def test_operators_are_what_pytorch_expects(request: pytest.FixtureRequest, plan: str) -> None:
+    request.getfixturevalue(plan)
     scale = torch.tensor(2.0, dtype=F64, device=DEVICE)
     bias = torch.full((6,), -3.0, dtype=F64, device=DEVICE)
     column_bias = torch.zeros(7, dtype=F64, device=DEVICE)

@@ -176,13 +176,13 @@ class _Problem:
         parts = config.parts(u.device, blocks, triton.cdiv(m, options["BLOCK_N"]))
         second = "" if len(heads) == 1 else "along" if heads[1].axis == axis else "across"
         along = 2 if second == "along" else 1
-        results = torch.empty(along, 2, n, dtype=given[0].scale.dtype, device=u.device)
-        found: list[tuple[Tensor, Any]] = [(lse, t) for lse, t in results]
+        new = functools.partial(torch.empty, dtype=given[0].scale.dtype, device=u.device)
+        found: list[tuple[Tensor, Any]] = [(new(n), new(n)) for _ in range(along)]  # results may not share memory
         if second == "across":
-            found.append((results.new_empty(blocks, m), results.new_empty(blocks, m) if given[1].scored else None))
+            found.append((new(blocks, m), new(blocks, m) if given[1].scored else None))
         kernels.masked_lse_kernel[blocks, parts](
             *(u, v, given[0], *found[0], given[-1], *(found[1] if second else (None, None))),
-            *merging(results.view(-1)[: along * n], parts, blocks),
+            *merging(found[0][0], parts, blocks, along),
             *(n, m, self.width, first_column),
             SECOND=second,
             TRANSPOSED=transposed,

@@ -6,6 +6,7 @@ Backward is one kernel a block, which multiplies the scores itself or takes the 
 float16, which has too little range for gradients, weights are stored times ``power_of_two``.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def sums(strips: Strips, heads: Sequence[Head], first_column: int, columns: int)
     """
     wide = accumulation_dtype(strips.u.dtype)
     sizes = {"row": len(strips.u), "column": len(strips.v)}
-    zeros = [torch.zeros(2, sizes[h.axis], dtype=torch.float64, device=strips.u.device) for h in heads]
+    new = functools.partial(torch.zeros, dtype=torch.float64, device=strips.u.device)
+    zeros = [(new(sizes[h.axis]), new(sizes[h.axis])) for h in heads]  # results may not share memory
     for head, (lse, _) in zip(heads, zeros, strict=True):
         if head.reduce == "lse":
             lse.fill_(-torch.inf)

@@ -122,15 +122,15 @@ def _tiles(kind: str, rows: Tensor, width: int) -> tuple[int, config.Options]:
     return triton.cdiv(len(rows), share), {**options, "BLOCK_R": share, "BLOCK_D": features}
 
 
-def merging(result: Tensor, parts: int, blocks: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Room for two results (n,) in parts, and a zero for each block of rows, where the programs of a block count which
-    of them merges its parts; nothing where there is one part.
+def merging(result: Tensor, parts: int, blocks: int, heads: int = 1) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Room for two results (n,) of each head in parts, and a zero for each block of rows, where the programs of a
+    block count which of them merges its parts; nothing where there is one part.
 
     Zeros are new for each launch: one on another stream counts in its own, and a captured graph clears them.
     """
     if parts == 1:
         return None, None
-    table = torch.empty(parts, 2, len(result), dtype=result.dtype, device=result.device)
+    table = torch.empty(parts, 2, heads * len(result), dtype=result.dtype, device=result.device)
     return table, torch.zeros(blocks, dtype=torch.int32, device=result.device)
 
 
