@@ -1,7 +1,8 @@
 # demo, example and test need only Python 3.10+ and a C++ compiler: they create .venv, install fastret into it and run.
 PYTHON ?= python3
 VENV ?= .venv
-# Processes that share the tests, a file each: most of them are Python, which fills one core.
+# Processes that share the tests, a file each: most of them are Python, which fills one core. In the order of folders:
+# xdist's own begins with files of many tests and ends with one that is slow.
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -20,7 +21,7 @@ example: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # After a change of a Triton kernel: all of them compile, with the oldest Triton that is supported too, and none spills.
 OLDEST_TRITON := build/triton-3.6.0

@@ -50,8 +50,28 @@ def _repair_bf16() -> None:
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
+def _patch_once() -> None:
+    """Triton's interpreter patches its language at every launch, and again at every call of a device function, which
+    takes a third of the time: what a launch has not patched, functions of triton.language.core, stays so for good."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    patched = []
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not patched and any(value is core for value in self.fn.__globals__.values()):
+            patched.append(interpreter._patch_lang(self.fn))
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as e:
+            raise interpreter.InterpreterError(repr(e)) from e
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     _repair_bf16()
+    _patch_once()
 
 
 def _poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

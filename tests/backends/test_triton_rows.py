@@ -10,6 +10,7 @@ from torch import Tensor
 from fastret.backends import rows as definition
 from fastret.backends.rows import NORM_EPS, accumulation_dtype
 from fastret.backends.triton.rows import PackedRows, look, nothing_yet, pack_padded, padded
+from fastret.kernels.triton import config
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F64, F32, BF16, F16]
@@ -20,6 +21,12 @@ ROUNDED = {F64: 2.0**-51, F32: 2.0**-22, BF16: 2.0**-8, F16: 2.0**-10}
 WIDE = {F64: 2.0**-50, F32: 2.0**-20, BF16: 2.0**-20, F16: 2.0**-20}
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow|divide).*:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("pack", "unpack"):
+        monkeypatch.setitem(config._INTERPRETED[kind], "BLOCK_D", 32)
 
 
 def values(n: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

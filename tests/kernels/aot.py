@@ -1,8 +1,9 @@
 """Compiles every kernel, in every configuration, for GPUs that need not be there; fails on register spills.
 
-Run in a process without TRITON_INTERPRET: ``python tests/kernels/aot.py [--all] [fp32 bf16 fp16 fp64]``. The test suite
-leaves out variants that differ little from one that it compiles; --all has them too. Prints a table: registers, bytes
-of stack (a spill: CUDA kernels have no other use for it; spilled VGPRs on AMD) and of shared memory.
+Run in a process without TRITON_INTERPRET: ``python tests/kernels/aot.py [--all] [DTYPE ...] [ARCHITECTURE ...]``, for
+example ``fp32 bf16 sm_90``: float32 and bfloat16 where no dtype is named, every architecture where none is. Variants
+that differ little from one that is compiled are left out; --all has them too. Prints a table: registers, bytes of stack
+(a spill: CUDA kernels have no other use for it; spilled VGPRs on AMD) and of shared memory.
 A broken AMD binary comes back without an exception: callers must also look for "error:" on standard error.
 """
 
@@ -492,11 +493,14 @@ def compiled_line(dtype: str, architecture: str, thorough: bool, k: int) -> tupl
 
 def main(arguments: list[str]) -> int:
     """The number of kernels that fail."""
-    thorough, dtypes = "--all" in arguments, [a for a in arguments if a != "--all"] or ["fp32", "bf16"]
+    if unknown := set(arguments) - {"--all", *ITEMSIZE, *TARGETS}:
+        sys.exit(f"expected --all, {', '.join(ITEMSIZE)}, {', '.join(TARGETS)}, got {', '.join(sorted(unknown))}")
+    thorough = "--all" in arguments
+    dtypes = [a for a in arguments if a in ITEMSIZE] or ["fp32", "bf16"]
     jobs = [
         (dtype, architecture, thorough, k)
         for dtype in dtypes
-        for architecture in TARGETS
+        for architecture in [a for a in arguments if a in TARGETS] or TARGETS
         for k in range(len(variants(architecture, dtype, thorough)))
     ]
     failures = 0
