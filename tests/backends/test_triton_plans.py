@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastret.backends import workspace
 from fastret.backends.triton import plans, products
+from fastret.backends.triton.masked_lse import _Problem
+from fastret.backends.triton.rows import PackedRows
 from fastret.kernels.triton import config, masked_lse, rank_sums, row_extrema
 from fastret.ops import Head, PairMask
 from fastret.ops import masked_lse as masked_lse_op
@@ -31,10 +33,11 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_plan_follows_from_the_width_and_from_what_multiplies() -> None:
     assert [plans.plan(width, 128, tensor_cores=False) for width in (128, 144)] == ["fused", "strip"]
-    assert [plans.plan(width, 512, tensor_cores=True) for width in (64, 80, 4096)] == ["fused", "weights", "weights"]
-    assert [plans.plan(width, 512, tensor_cores=True, wide=96) for width in (64, 96, 112)] == [
-        *("fused", "weights", "strip")
-    ]
+    assert {plans.plan(width, 512, tensor_cores=True) for width in (16, 4096)} == {"weights"}
+    narrow = [plans.plan(width, 512, tensor_cores=True, narrow=64) for width in (64, 80, 4096)]
+    assert narrow == ["fused", "weights", "weights"]
+    both = [plans.plan(width, 512, tensor_cores=True, narrow=64, wide=96) for width in (64, 96, 112)]
+    assert both == ["fused", "weights", "strip"]
     for asked in ("fused", "weights", "strip"):
         assert {plans.plan(w, 512, tensor_cores=t, asked=asked) for w in (16, 4096) for t in (True, False)} == {asked}
 
@@ -42,10 +45,9 @@ def test_the_plan_follows_from_the_width_and_from_what_multiplies() -> None:
 @pytest.mark.parametrize(
     ("dtype", "kind", "widest", "wider", "wide"),
     [
-        (torch.bfloat16, "lse gradient", 64, "weights", "strip"),
-        (torch.float16, "lse gradient", 64, "weights", "weights"),
-        (torch.bfloat16, "gradient", 64, "weights", "weights"),
-        (torch.bfloat16, "lse heavy", 64, "weights", "strip"),
+        (torch.bfloat16, "lse gradient", 48, "weights", "strip"),
+        (torch.float16, "lse gradient", 48, "weights", "weights"),
+        (torch.bfloat16, "lse heavy", 32, "weights", "strip"),
         (torch.float32, "lse gradient", 128, "strip", "strip"),
         (torch.float32, "gradient", 128, "strip", "strip"),
         (torch.float64, "lse gradient", 32, "strip", "strip"),
@@ -56,6 +58,29 @@ def test_the_widest_rows_of_fused_kernels(dtype: torch.dtype, kind: str, widest:
         return plans.plan_for(torch.empty(3, width, dtype=dtype, device=DEVICE), kind)
 
     assert [plan(widest), plan(widest + 1), plan(4096)] == ["fused", wider, wide]
+
+
+def test_ranks_of_half_precision_go_by_weights() -> None:
+    """Of any width: sigmoids are taken once then, not for each side."""
+    for dtype in (torch.bfloat16, torch.float16):
+        assert {plans.plan_for(torch.empty(3, d, dtype=dtype, device=DEVICE), "gradient") for d in (1, 4096)} == {
+            "weights"
+        }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "widest"),
+    [(torch.bfloat16, 1, 1024), (torch.bfloat16, 2, 512), (torch.float32, 1, 512), (torch.float32, 2, 256)],
+)
+def test_the_widest_rows_whose_weights_alone_are_stored(dtype: torch.dtype, heads: int, widest: int) -> None:
+    """Half as many bytes a row of two heads, whose tiles are smaller."""
+    torch.set_float32_matmul_precision("high")
+
+    def plan(width: int) -> str:
+        rows = PackedRows(torch.empty(3, width, dtype=dtype, device=DEVICE), None, None)
+        return _Problem(rows, rows, [Head(2.0)] * heads, list(range(heads)), False, 0, 3).plan
+
+    assert [plan(widest), plan(widest + 1)] == ["weights", "strip"]
 
 
 def test_float32_goes_by_weights_where_its_products_may_be_tf32() -> None:
@@ -261,7 +286,9 @@ def everything(dtype: torch.dtype, width: int = 5) -> None:
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
-def test_products_are_as_precise_as_pytorch_is_told(launched: dict[str, set[str]], setting: str, expected: str) -> None:
+def test_products_are_as_precise_as_pytorch_is_told(
+    fused: None, launched: dict[str, set[str]], setting: str, expected: str
+) -> None:
     torch.set_float32_matmul_precision(setting)
     everything(torch.float32)
     assert launched == {name: {expected} for _, names in KERNELS for name in names}

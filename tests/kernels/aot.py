@@ -128,7 +128,7 @@ def rank_sums_variants(choices: Choices, dtype: str) -> Iterator[Variant]:
         alone = {"slopes": None}
         yield Variant(rank_sums.rank_sums_kernel, {**options, **factored}, "no slopes", alone, rare=True)
         positives = {k: v for k, v in options.items() if k not in ("BLOCK_N", "BLOCK_K")}
-        yield Variant(rank_sums.positive_gradient_kernel, positives, rare=True)
+        yield Variant(rank_sums.positive_gradient_kernel, positives)
     for options in choices("gradient"):
         both = {**options, "ROWS": True, "COLUMNS": True}
         yield Variant(rank_sums.rank_gradient_kernel, {**both, **factored})

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aot
+import pytest
+
 
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     """In a process of its own: one in which Triton interprets cannot compile, and a broken binary may end it."""
@@ -21,3 +24,10 @@ def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     assert "error:" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_kernel_is_left_out(dtype: str) -> None:
+    """But two whose instructions are of no dtype are compiled once, with those of float32."""
+    every, here = ({v.kernel.__name__ for v in aot.variants("sm_90", dtype, thorough)} for thorough in (True, False))
+    assert every - here == (set() if dtype == "fp32" else {"patchmix_kernel", "sampled_columns_kernel"})

@@ -97,7 +97,8 @@ class _Problem:
     def plan(self) -> str:
         """By the width; but weights of float16 without a bound stay in the registers of fused kernels, unless
         thresholds choose their pairs: other tiles would choose others."""
-        plan = plan_for(self.x.rows, "lse heavy" if self.heavy else "lse gradient")
+        swept = "lse two" if len(self.heads) > 1 else "lse gradient"
+        plan = plan_for(self.x.rows, "lse heavy") if self.heavy else plan_for(self.x.rows, "lse gradient", swept)
         held = self.x.rows.dtype == torch.float16 and not self.bounded and not any(map(by_threshold, self.heads))
         return "fused" if plan == "weights" and held else plan
 

@@ -28,10 +28,12 @@ from fastret.backends.workspace import workspace
 from fastret.kernels.triton import config
 
 PLANS = ("auto", "fused", "weights", "strip")
-NARROW = 64  # features up to which tensor cores multiply S again in the time that stored weights take
-# Features from which on S is read from L2, in each direction, for longer than stored scores take through memory: by the
-# tiles of a kind. Ranks of stored scores take more instructions than that saves.
-WIDE = {"lse gradient": 1024, "lse heavy": 256}
+# Where tensor cores multiply, by benchmarks/predictions.py: bytes of a row up to which S is multiplied again in the
+# time that stored weights take; ranks take their sigmoids again with it, which is longer for any rows. And those above
+# which S is read from L2, in each direction, for longer than stored scores take through memory: by the tiles of a kind,
+# or of two heads. Ranks of stored scores take more instructions than that saves.
+NARROW = {"lse gradient": 96, "lse heavy": 64, "gradient": 0}
+WIDE = {"lse gradient": 2048, "lse two": 1024, "lse heavy": 512}
 ENOUGH = 512  # rows with which a product is limited by arithmetic: fewer, and the columns are divided instead
 RESIDENT = 4  # programs of a kernel that only reads and computes, of which a multiprocessor has room for as many
 
@@ -66,21 +68,23 @@ def plan(
     held: int,
     *,
     tensor_cores: bool,
+    narrow: int = 0,
     wide: int | None = None,
     asked: str = "auto",
     measured: tuple[str, int] | None = None,
 ) -> str:
     """The plan for rows of a width, by counts (docs/performance.md) or as measured.
 
-    On tensor cores a fused gradient is bound by the rows that its low tiles read again and again, above NARROW by more
-    than weights cost, and the weights of wide rows by those of theirs; what the ordinary units multiply is bound by
-    products, which are fewest, and fastest, in strips once a program does not hold a row's gradient.
+    On tensor cores a fused gradient is bound by the rows that its low tiles read again and again, unless they are
+    narrow by more than weights cost, and the weights of wide rows by those of theirs; what the ordinary units multiply
+    is bound by products, which are fewest, and fastest, in strips once a program does not hold a row's gradient.
 
     Args:
         width: of the rows, padded.
         held: features that a program of the fused gradient holds; by ``config`` 128 of float32, 32 of float64.
         tensor_cores: whether they multiply these rows.
-        wide: the width from which on they had better not read them again.
+        narrow: the width up to which they had better multiply them again.
+        wide: the width above which they had better not read them again.
         asked: "auto", or the answer.
         measured: the plan of wide rows, and from which width it is faster than "fused" on this GPU.
     """
@@ -92,18 +96,27 @@ def plan(
     if tensor_cores:
         if wide is not None and width > wide:
             return "strip"
-        return "weights" if width > NARROW else "fused"
+        return "weights" if width > narrow else "fused"
     return "strip" if width > held else "fused"
 
 
-def plan_for(rows: Tensor, kind: str) -> str:
-    """``plan`` for packed rows whose fused gradient has this kind of tiles."""
-    tensor_cores = rows.dtype.itemsize == 2 or config.precision(rows.dtype) == "tf32"
+def plan_for(rows: Tensor, kind: str, swept: str = "") -> str:
+    """``plan`` for packed rows whose fused gradient has this kind of tiles; ``swept``: WIDE has those of another."""
+    size = rows.dtype.itemsize
+    tensor_cores = size == 2 or config.precision(rows.dtype) == "tf32"
     held = config.held(kind, rows.device, rows.dtype)
     measured = config.plan_of_wide_rows(kind, rows.device, rows.dtype)
-    wide = None if rows.dtype == torch.float16 else WIDE.get(kind)  # weights beside stored scores stay float32 there
-    width = padded(rows.shape[1])
-    return plan(width, held, tensor_cores=tensor_cores, wide=wide, asked=chosen(), measured=measured)
+    # weights beside stored scores stay float32 in float16
+    wide = None if rows.dtype == torch.float16 or kind not in WIDE else WIDE[swept or kind] // size
+    return plan(
+        padded(rows.shape[1]),
+        held,
+        tensor_cores=tensor_cores,
+        narrow=NARROW[kind] // size,
+        wide=wide,
+        asked=chosen(),
+        measured=measured,
+    )
 
 
 def _rounded(fit: int, size: int, step: int) -> int:
