@@ -1,8 +1,8 @@
 """What is measured on a GPU beside what is measured everywhere: fastret's kernels there, and floors from arithmetic.
 
 A floor is what an H100 needs for the operations and bytes that a task cannot do without, at 660 TFLOP/s of bfloat16
-products (what the best published kernels of this shape reach), 495 of TF32 and 3 TB/s: counted, not measured. What
-fastret's own plans should take stands beside it (predictions.py).
+products (what the best published kernels of this shape reach) and 3.35 TB/s: counted, not measured. What fastret's own
+plans should take stands beside it (predictions.py).
 """
 
 from collections.abc import Callable
@@ -57,9 +57,16 @@ class Floor:
 
 
 FLOORS = (
-    Floor("soft_assign", {"n": 4096, "m": 8, "k": 256, "l": 16}, "bfloat16", 0.02, "7 products"),
+    Floor(
+        "soft_assign",
+        {"n": 4096, "m": 8, "k": 256, "l": 16},
+        "bfloat16",
+        0.02,
+        "11 products, 19 in bfloat16, 4 exponentials, and launches",
+    ),
     Floor("smooth_ap", {"n": 4096, "g": 4, "d": 512}, "bfloat16", 0.3, "4 N^2 D and 2 N^2 G sigmoids"),
     Floor("proxy_nca_512", {"c": 20_000, "b": 256, "d": 512}, "bfloat16", None, "at most 3 kernels of fastret"),
+    Floor("info_nce_768", {"n": 32_768, "d": 768}, "bfloat16", 10.0, "8 N^2 D flops"),
     Floor("clip", {"n": 32_768, "d": 768}, "bfloat16", 10.0, "8 to 10 N^2 D flops"),
     Floor("proxy_nca_512", {"c": 1_000_000, "b": 512, "d": 512}, "bfloat16", 4.0, "W, dW and O(N + C) bytes"),
     Floor("smooth_ap", {"n": 16_384, "g": 16, "d": 512}, "bfloat16", 4.0, "4 N^2 D and 2 N^2 G sigmoids"),
@@ -70,6 +77,14 @@ FLOORS = (
         "float32",
         21.0,
         "N M lookups in 16 tables of float32 in shared memory",
+        slow=True,
+    ),
+    Floor(
+        "pq_topk",
+        {"m": 1_000_000, "n": 10_000, "d": 64, "books": 16},
+        "float16",
+        11.0,
+        "N M lookups in 16 tables of float16 in shared memory",
         slow=True,
     ),
 )

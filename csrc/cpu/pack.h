@@ -23,25 +23,26 @@ template <class T, class Visit> void with_type(const Array& a, Visit visit) {
   }
 }
 
-// Norm of a row that neither overflows nor underflows; NaN when any element is NaN or infinite.
+// Norm of a row that neither overflows nor underflows; NaN when any element is NaN or infinite. Products with 0 would
+// not find it: where signs of 0 do not count, GCC takes them for 0.
 template <class T> T norm_of(const T* row, int64_t d) {
   constexpr int64_t V = lanes<T>;
-  Vec<T> squares{}, zeros{};
+  Vec<T> squares{};
   int64_t k = 0;
   for (; k + V <= d; k += V) {
     const Vec<T> v = load<T>(row + k);
     squares += v * v;
-    zeros += v * T(0);  // 0 or NaN
   }
-  T total = sum<T>(squares), poison = sum<T>(zeros);
-  for (; k < d; ++k) {
-    total += row[k] * row[k];
-    poison += row[k] * T(0);
-  }
+  T total = sum<T>(squares);
+  for (; k < d; ++k) total += row[k] * row[k];
   constexpr T tiny = sizeof(T) == 4 ? T(1e-24) : T(1e-200), huge = sizeof(T) == 4 ? T(1e30) : T(1e300);
-  if ((total > tiny && total < huge) || poison != poison) return std::sqrt(total) + poison;
+  if (total > tiny && total < huge) return std::sqrt(total);
   T largest = 0;
-  for (k = 0; k < d; ++k) largest = std::max(largest, std::abs(row[k]));
+  for (k = 0; k < d; ++k) {
+    const T size = std::abs(row[k]);
+    if (!(size <= std::numeric_limits<T>::max())) return std::numeric_limits<T>::quiet_NaN();
+    largest = std::max(largest, size);
+  }
   if (largest == T(0)) return T(0);
   total = 0;
   for (k = 0; k < d; ++k) total += (row[k] / largest) * (row[k] / largest);

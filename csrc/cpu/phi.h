@@ -55,7 +55,7 @@ template <class T> inline Vec<T> log(Vec<T> w) {
   const Vec<T> f = (Vec<T>)(bits - (exponent << S::mantissa)) - T(1);  // w = 2^k (1 + f), 1 + f about 1
   const Vec<T> s = f / (f + T(2)), z = s * s, half = f * f * T(0.5);
   const Vec<T> rest = s * (half + z * polynomial(S::logarithm, z)) + k * S::low;
-  return k * S::high - ((half - rest) - f) + w * T(0);
+  return w == w ? k * S::high - ((half - rest) - f) : w;
 }
 
 // e^-gap, and 1 - e^-gap without cancellation.

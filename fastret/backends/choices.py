@@ -39,8 +39,8 @@ _GATHERS = Choice(
 )
 _SELECTIONS = Choice(
     ("tiled",),
-    "counted: queues of the best k in registers, which Triton has no means for, save the passes of PyTorch's tiles "
-    f"over the scores; {_UNTIL_MEASURED}",
+    "counted: queues of the best k in global or shared memory, which Triton has no means for, save the passes of "
+    f"PyTorch's tiles over the scores; {_UNTIL_MEASURED}",
 )
 _COPIES = Choice(
     ("triton", "tiled"),

@@ -117,6 +117,20 @@ def test_a_variant_is_compiled_before_it_is_measured(monkeypatch: pytest.MonkeyP
         assert len(compiled) == count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tables_are_of_the_dtype_of_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, taken = pq_topk.pq_topk, []
+
+    def watched(*given: Tensor, table_dtype: torch.dtype, **options: object) -> tuple[Tensor, Tensor]:
+        taken.append(table_dtype)
+        return search(*given, table_dtype=table_dtype, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pq_topk, "pq_topk", watched)
+    op = registry.in_dtype(pq_topk.OP, dtype)
+    assert Checker(op, op.inputs(op.size(300), 0, "cpu")).check(op.variant("fastret-tiled")).passed
+    assert taken == [dtype]
+
+
 def test_recall_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a loop; without the word vectors, random ones."""
     monkeypatch.setattr(pq_topk, "glove", lambda: None)

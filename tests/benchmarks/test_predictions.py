@@ -13,6 +13,7 @@ from benchmarks.predictions import (
     SPECIAL,
     Pairs,
     Phase,
+    of_assignment,
     of_lse,
     of_ranks,
     of_scan,
@@ -64,6 +65,14 @@ def test_ranks_grow_with_positives() -> None:
     assert many["fused"][0].special == 2 * few["fused"][0].special
     assert many["fused"][0].flops == 2 * few["fused"][0].flops
     assert total(many["fused"]) > total(few["fused"])
+
+
+def test_products_of_soft_assignment() -> None:
+    """2 + 9, of which 8 are two each in bfloat16, and 4 exponentials."""
+    phases = of_assignment(4096, 8, 256, 16)["fused"]
+    assert sum(phase.flops for phase in phases) == (2 + 9 + 8) * 2 * 4096 * 8 * 256 * 16
+    assert sum(phase.special for phase in phases) == 4 * 4096 * 8 * 256
+    assert total(phases) == pytest.approx(0.0098, rel=0.01)
 
 
 def test_lookups() -> None:

@@ -1,10 +1,12 @@
 """masked_lse by the kernels of kernels/triton/masked_lse.py: normalises and lays out the rows, launches, adds parts.
 
-Forward multiplies the rows once for two heads of a feature width; backward once for two, and once more for the columns
-of a gallery; ``sweep`` does both with rows that are laid out once. Nothing here waits for the device: launch
-grids follow from shapes alone, and CUDA graphs can capture every call. Memory beyond inputs and outputs: rows in their
-own dtype, but for columns that are many and lie as the kernels want them, which are read there; gradients of rows in
-the dtype of accumulation; O(N + M) for each head; where sums are divided into parts, a copy of them for each.
+Forward multiplies the rows once for two heads of a feature width, or for each where they are heavy or listed; backward
+once for two, and once more for the columns of a gallery; ``sweep`` does both with rows that are laid out once. Nothing
+here waits for the device: launch grids follow from shapes alone, and CUDA graphs can capture every call. Memory beyond
+inputs and outputs: rows in their own dtype, but for columns that are many and lie as the kernels want them, which are
+read there; gradients of rows in the dtype of accumulation; O(N + M) for each head; where sums are divided into parts, a
+copy of them for each. Up to FASTRET_WORKSPACE: a block of weights or scores where the plan stores them; and in forward
+of two heads over either side, fused too, tables (blocks of rows, M) of lse and t, or a row of them where that is more.
 """
 
 import functools
