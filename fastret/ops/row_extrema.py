@@ -147,6 +147,8 @@ class _RowExtrema(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, *indices = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[:2]
+        if y is not None and not len(y):  # nothing is named
+            return x.new_zeros(x.shape) if need_x else None, y.new_zeros(y.shape) if need_y else None, *[None] * 8
         found = torch.cat(indices)
         grad = torch.where(found >= 0, torch.cat(grads[::2]), 0)
         row = torch.arange(x.shape[0], device=x.device).repeat(len(indices))

@@ -364,3 +364,12 @@ X = torch.randn(4, 3)
 def test_bad_input_names_the_argument(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+def test_a_hinge_is_flat_where_it_begins(impl: str) -> None:
+    """Scores that equal the row's number, as the hardest of a row does: its slope there is 0."""
+    x, stat = torch.eye(3, dtype=F64, requires_grad=True), torch.ones(3, dtype=F64, requires_grad=True)
+    total = pair_sums(x, phi="hinge", row_stat=stat, normalize=False, impl=impl).sum()
+    for gradient in torch.autograd.grad(total, [x, stat]):
+        assert gradient.count_nonzero() == 0

@@ -178,3 +178,12 @@ X = torch.randn(4, 3, 8, 8)
 def test_bad_input_names_the_argument(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+def test_one_element_of_any_stride(impl: str) -> None:
+    """A tensor of one element is contiguous whatever its strides are, as those of an expanded gradient."""
+    x = torch.ones(1, 1, 1, dtype=torch.float16, requires_grad=True)
+    out = patchmix(x, 1, 1, impl=impl)
+    (gradient,) = torch.autograd.grad(out, x, torch.full((), 3.0, dtype=torch.float16).expand(1, 1, 1))
+    assert gradient.item() == 3

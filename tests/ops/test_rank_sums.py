@@ -413,3 +413,19 @@ def test_sum_by_query() -> None:
     torch.testing.assert_close(sum_by_query(values, count), expected)
     assert torch.autograd.gradcheck(lambda v: sum_by_query(v, count), (values,))
     assert torch.autograd.gradgradcheck(lambda v: sum_by_query(v, count).square(), (values,))
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 8, 15, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("impl", FUSED)
+def test_rows_of_nothing_but_nan(impl: str, dtype: torch.dtype, width: int) -> None:
+    """Of queries or of the gallery, normalised or not: sigmoids are bounded and would hide them."""
+    rows, bad = torch.randn(5, width, dtype=dtype), torch.randn(5, width, dtype=dtype)
+    bad[3] = torch.nan
+    labels = torch.tensor([0, 0, 1, 2, 1])
+    for x, y in ((bad, None), (bad, rows), (rows, bad)):
+        for normalize in (True, False):
+            given = {"temperature": 0.5, "normalize": normalize, "impl": impl}
+            ranks = rank_sums(x, labels, **given) if y is None else rank_sums(x, labels, y, labels, **given)
+            assert ranks.rank_all.isnan().all()
+            assert ranks.rank_pos.isnan().all()

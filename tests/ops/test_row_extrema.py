@@ -256,3 +256,16 @@ X = torch.randn(4, 3)
 def test_bad_input_names_the_argument(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("impl", EVERY)
+def test_gradients_of_a_gallery_without_rows(impl: str) -> None:
+    x, y = torch.randn(4, 8, requires_grad=True), torch.randn(0, 8, requires_grad=True)
+    for kind in ("max", "min"):
+        ((value, index),) = row_extrema(x, y, extrema=[(kind, PairMask())], impl=impl)
+        assert value.isinf().all()
+        assert (index == -1).all()
+        dx, dy = torch.autograd.grad(value.sum(), [x, y])
+        assert dx.shape == x.shape
+        assert dx.count_nonzero() == 0
+        assert dy.shape == y.shape

@@ -341,3 +341,23 @@ C, X = torch.randn(2, 3, 4), torch.randn(5, 8)
 def test_bad_input_names_the_argument(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("n", [6, 0])
+def test_compiled_gradients_of_tensors_that_are_not_contiguous(impl: str, n: int) -> None:
+    """Gradients are contiguous, as the compiler is told."""
+    x = torch.randn(n, 8, requires_grad=True)
+    codebook = torch.randn(2, 4, 5).transpose(1, 2).requires_grad_()
+    keys, bias = torch.randn(2, 4, 5).transpose(1, 2).requires_grad_(), torch.randn(5, 2).t().requires_grad_()
+
+    def loss(x: Tensor, codebook: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+        return soft_assign(x, codebook, keys=keys, bias=bias, impl=impl).soft.square().sum()
+
+    torch._dynamo.reset()
+    given = [x, codebook, keys, bias]
+    found, expected = (
+        torch.autograd.grad(f(*given), given) for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss)
+    )
+    torch.testing.assert_close(found, expected)
+    assert all(g.is_contiguous() for g in expected)

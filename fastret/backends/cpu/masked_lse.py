@@ -257,7 +257,7 @@ def sweep(
     )
     empty = (row_weight == 0) & (lse == -torch.inf)
     value = (row_weight * torch.where(empty, 0, lse - t)).sum()
-    if not _is_finite(x, y):
+    if len(x) and not _is_finite(x, y):
         value = torch.full_like(value, torch.nan)
     scale, row_bias, column_bias = ([p] for p in parameters)
     dx, dy = _summed(x, [(width, dx)], dtype), _summed(y, [(width, dy)], dtype)

@@ -10,9 +10,11 @@ from fastret.backends.cpu.array import array
 def forward(x: Tensor, groups: Tensor, patch: int) -> Tensor:
     """out[b, t] = x[(b + groups[t]) mod B, t]."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
+    if x.stride(-1) != 1:  # one element is contiguous whatever its stride
+        x = x.clone(memory_format=torch.contiguous_format)
     if x.dim() == 4:
         planes, height, width = x.shape[1:]
         sizes = (planes, height // patch, patch, width // patch, patch * x.element_size())

@@ -26,7 +26,7 @@ def _extremum(scores: Tensor, kind: str, mask: PairMask, b: Block, nothing: Tens
     allowed = mask.block(b, scores.detach())
     kept = scores if allowed is None else torch.where(allowed, scores, worst)
     if not b.columns:
-        return scores.new_full((b.rows,), worst) + nothing, torch.full((b.rows,), -1, device=scores.device)
+        return scores.sum(1) + worst + nothing, torch.full((b.rows,), -1, device=scores.device)
     place = kept.argmin(1) if kind == "min" else kept.argmax(1)  # the first of equals, as documented
     value = kept.gather(1, place[:, None])[:, 0]
     return value + nothing, torch.where(value == worst, -1, place + b.offset)

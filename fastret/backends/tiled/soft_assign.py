@@ -65,9 +65,9 @@ def backward(
     rows = _rows(x, logits)
     books, words, _ = codebook.shape
     d_rows = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_scores else None
-    d_keys = None if keys is None or not need_scores else torch.zeros_like(keys)
-    d_bias = None if bias is None or not need_scores else torch.zeros_like(bias)
-    d_codebook = torch.zeros_like(codebook) if need_codebook else None
+    d_keys = None if keys is None or not need_scores else keys.new_zeros(keys.shape)
+    d_bias = None if bias is None or not need_scores else bias.new_zeros(bias.shape)
+    d_codebook = codebook.new_zeros(codebook.shape) if need_codebook else None
     for block in _blocks(len(rows), books * words):
         g_soft, g_hard = (None if g is None else _books(g[block], codebook) for g in (grad_soft, grad_hard))
         if d_codebook is not None and g_hard is not None:

@@ -15,11 +15,11 @@ WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # by b
 def forward(x: Tensor, groups: Tensor, patch: int) -> Tensor:
     """out[b, t] = x[(b + groups[t]) mod B, t]."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
-    if x.data_ptr() % ALIGNMENT:
-        x = x.clone()
+    if x.data_ptr() % ALIGNMENT or x.stride(-1) != 1:  # one element is contiguous whatever its stride
+        x = x.clone(memory_format=torch.contiguous_format)
     batch, lines, across, down = len(x), 1, 1, x.shape[1]
     piece = x[0, 0].numel() * x.element_size()
     if x.dim() == 4:

@@ -199,7 +199,7 @@ def backward(
     """Gradients of x and y from those of rank_all and rank_pos (P,)."""
     pairs = grad_all.numel()
     if pairs == 0:
-        return torch.zeros_like(x) if need_x else None, torch.zeros_like(y) if y is not None and need_y else None
+        return x.new_zeros(x.shape) if need_x else None, y.new_zeros(y.shape) if y is not None and need_y else None
     with torch.cuda.device_of(x):
         upstream = rank_sums_strips.Upstream(grad_all.contiguous(), grad_pos.contiguous(), slopes)
         problem = _prepare(x, y, segments, pairs, temperature, exclude_self, normalize)

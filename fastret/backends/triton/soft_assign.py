@@ -141,7 +141,7 @@ def backward(
         d_rows = torch.empty_like(problem.rows) if need_scores else None
         wanted = (False, need_scores and keys is not None, need_scores and bias is not None, need_codebook)
         sums = [
-            torch.zeros_like(t) if t is not None and w else None
+            t.new_zeros(t.shape) if t is not None and w else None
             for t, w in zip((None, keys, bias, codebook), wanted, strict=True)
         ]
         if n:
