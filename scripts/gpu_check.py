@@ -47,7 +47,8 @@ KILL_AFTER = 5  # seconds from the end of a limit, when pytest writes what it kn
 # Small, and with a kernel of every kind, forward and backward; pytest -k looks within names: "topk" is pq_topk too.
 SANITIZED = "SmoothAP or masked_lse or pair_dot or SoftPQ or sampled_dot or topk or knn_vote or update_rows or patchmix"
 _VALUES = "test_values and (fp32 or bf16)"
-_OTHER_DTYPES = "test_values and not (fp32 or bf16)"
+_CALLS = "not test_values and not tf32"
+_OTHER_DTYPES = f"not ({_VALUES}) and not ({_CALLS})"
 VERSIONS = ("torch", "triton", "numpy", "pytest", "pybind11", "ninja", "pytorch-metric-learning")
 
 
@@ -111,10 +112,10 @@ def steps() -> list[Step]:
     large = _pytest("scale", "-m", "gpu", "tests/gpu/test_scale.py")
     return [
         Step("build", "build", 70, 190, _python("setup.py", "-q", "build_ext", "--inplace")),
-        # In the round of all, two dtypes stand for four, and values come before what is done with them.
+        # In the round of all, two dtypes stand for four, three in calls, and values come before what is done with them.
         Step("tests: values", "tests", 80, 100, _entries("values", _VALUES), "values.xml"),
         Step("tests: other dtypes", "tests", None, 60, _entries("dtypes", _OTHER_DTYPES), "dtypes.xml"),
-        Step("tests: graphs, waits, streams", "tests", 60, 60, _entries("calls", "not test_values"), "calls.xml"),
+        Step("tests: graphs, waits, streams", "tests", 60, 60, _entries("calls", _CALLS), "calls.xml"),
         Step("tests: large sizes", "tests", 50, 50, large, "scale.xml"),
         Step("tests: kernels", "tests", None, 40, _pytest("kernels", *triton, spread=True), "kernels.xml"),
         Step("time of kernels", "bench", 35, 60, _bench("kernels"), "kernels.json"),
