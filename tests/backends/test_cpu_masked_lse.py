@@ -492,9 +492,8 @@ def test_heads_that_do_not_fit_the_call() -> None:
     assert y is not None
     with pytest.raises(ValueError, match="heads: expected at least one"):
         _C.masked_lse_forward(array(x), None, [], [], True, 0, 1, [], (1, 0.0))
-    described = kernels._head(head, 50)
     with pytest.raises(ValueError, match="results: expected one a head"):
-        _C.masked_lse_forward(array(x), array(y), [described], [], True, 0, 1, [], (1, 0.0))
+        _C.masked_lse_forward(array(x), array(y), [kernels._head(head, 50)], [], True, 0, 1, [], (1, 0.0))
     column, weight = replace(head, axis="column"), torch.ones(40, dtype=F64)
     options, need = Options(normalize=True, first_column=0, columns=50), Need(True, True, False, False, False)
     with pytest.raises(ValueError, match="one sweep serves one head over rows"):

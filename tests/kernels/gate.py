@@ -35,7 +35,8 @@ class Row(NamedTuple):
 def sources() -> str:
     """Hash of all that decides what is compiled: the kernels, their configurations, and the list of variants."""
     digest = hashlib.sha256()
-    for file in (*sorted((ROOT / "kernels" / "triton").glob("*.py")), Path(__file__).with_name("aot.py")):
+    listed = (Path(__file__).with_name(f"{name}.py") for name in ("aot", "masked_lse_variants", "variant"))
+    for file in (*sorted((ROOT / "kernels" / "triton").glob("*.py")), *listed):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
