@@ -41,8 +41,9 @@ def under_sanitizers(built: Built, *arguments: object) -> subprocess.CompletedPr
 
 
 def test_kernels_under_sanitizers(built: Built) -> None:
-    """In one order of threads: the sanitizers watch each thread by itself."""
-    chosen = "not ascending and not descending and not order_of_threads and not sanitizers and not nvcc"
+    """In one order of threads, as the sanitizers watch each thread by itself; not the longest of other cases."""
+    chosen = "not ascending and not descending and not order_of_threads and not 17-16-20 and not 60000"
+    chosen += " and not sanitizers and not nvcc"
     folder = Path(__file__).parent
     done = under_sanitizers(built, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
