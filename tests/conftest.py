@@ -9,7 +9,6 @@ import torch
 if not torch.cuda.is_available():  # on a GPU the tests must run compiled kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
-import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -73,13 +72,6 @@ def _patch_once() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     _repair_bf16()
     _patch_once()
-
-
-def pytest_collection_finish() -> None:
-    """What is loaded by now stays: to go through it again and again took the garbage collector a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def _poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
