@@ -39,3 +39,10 @@ def test_sums_of_finite_rows_may_overflow(impl: str) -> None:
     x = torch.full((8, 4), 1.5e38)
     ((lse, _),) = masked_lse(x, heads=[Head(2.0)], impl=impl)
     torch.testing.assert_close(lse, torch.full((8,), 2 + math.log(8)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_sum_over_no_rows_is_zero(impl: str) -> None:
+    """Whatever the columns hold."""
+    y = torch.full((3, 4), math.nan)
+    assert masked_lse_sum(torch.empty(0, 4), y, head=Head(2.0), row_weight=torch.empty(0), impl=impl) == 0
