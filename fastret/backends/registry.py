@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 
 from fastret.backends import choices
+from fastret.backends.tracing import constant_result
 
 AUTO = "auto"
 
@@ -174,7 +175,7 @@ def chosen(impl: str | None) -> str:
     return _check_name(_environment, "FASTRET_IMPL")
 
 
-@torch.compiler.assume_constant_result  # imports modules, which a traced function must not
+@constant_result  # imports modules, which a traced function must not
 def _serving(op: str, device: torch.device | str, dtype: torch.dtype, name: str, options: tuple[str, ...]) -> str:
     where = torch.device(device)
     call = Call(op, where.type, dtype, options, where.index)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastret.backends.tracing import constant_result
+
 _library = torch.library.Library("fastret", "DEF")
 
 _DEVICES = ("CPU", "CUDA", "MPS", "XPU")
@@ -49,7 +51,7 @@ def apply(function: Any, *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
-@torch.compiler.assume_constant_result  # Dynamo guards the stack, and traces no look at it
+@constant_result  # Dynamo guards the stack, and traces no look at it
 def _compiles() -> bool:
     stack = torch._C._functorch.get_interpreter_stack() or []
     return len(stack) <= 1 and all(level.key() != torch._C._functorch.TransformType.Jvp for level in stack)
