@@ -1,11 +1,9 @@
-// fastret._C: the only pybind11 file. Tensors come as plain tuples of integers, so that nothing here depends on
-// PyTorch's headers or ABI; every tuple is checked against the sizes it states before a pointer is used.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <optional>
+// fastret._C: the only pybind11 file. How arrays come from Python: csrc/common/binding.h.
 #include <tuple>
+#include <utility>
+#include <vector>
 
+#include "../common/binding.h"
 #include "blas.h"
 #include "masked_lse.h"
 #include "pair_dot.h"
@@ -18,94 +16,95 @@
 #include "soft_assign.h"
 #include "topk.h"
 
+namespace pybind11::detail {
+
+// kind, index, offsets, shifts, weights, base, period, mask, weight, dense, factor, uniform
+template <> struct type_caster<fastret::PairTarget> {
+  PYBIND11_TYPE_CASTER(fastret::PairTarget, const_name("PairTarget"));
+  bool load(handle source, bool convert) {
+    using fastret::MaybeArray;
+    return load_parts<int, MaybeArray, MaybeArray, std::vector<int64_t>, std::vector<double>, int64_t, int64_t,
+                      fastret::PairMask, MaybeArray, MaybeArray, double, double>(
+        source, convert,
+        [this](int kind, const MaybeArray& index, const MaybeArray& offsets, const std::vector<int64_t>& shifts,
+               const std::vector<double>& weights, int64_t base, int64_t period, const fastret::PairMask& mask,
+               const MaybeArray& weight, const MaybeArray& dense, double factor, double uniform) {
+          value = {static_cast<fastret::PairTarget::Kind>(kind), array(index), array(offsets), shifts, weights, base,
+                   period, mask, array(weight), array(dense), factor, uniform};
+        });
+  }
+};
+
+// scale, whether over columns, mask, target, row bias, column bias, reduction
+template <> struct type_caster<fastret::LseHead> {
+  PYBIND11_TYPE_CASTER(fastret::LseHead, const_name("LseHead"));
+  bool load(handle source, bool convert) {
+    using fastret::MaybeArray;
+    return load_parts<double, bool, fastret::PairMask, fastret::PairTarget, MaybeArray, MaybeArray, int>(
+        source, convert,
+        [this](double scale, bool column, const fastret::PairMask& mask, const fastret::PairTarget& target,
+               const MaybeArray& row_bias, const MaybeArray& col_bias, int reduction) {
+          value = {scale, column, mask, target, array(row_bias), array(col_bias),
+                   static_cast<fastret::Reduction>(reduction)};
+        });
+  }
+};
+
+// scale, row bias, column bias
+template <> struct type_caster<fastret::LseGradient> {
+  PYBIND11_TYPE_CASTER(fastret::LseGradient, const_name("LseGradient"));
+  bool load(handle source, bool convert) {
+    using fastret::MaybeArray;
+    return load_parts<MaybeArray, MaybeArray, MaybeArray>(
+        source, convert, [this](const MaybeArray& scale, const MaybeArray& row_bias, const MaybeArray& col_bias) {
+          value = {array(scale), array(row_bias), array(col_bias)};
+        });
+  }
+};
+
+}  // namespace pybind11::detail
+
 namespace py = pybind11;
 
 namespace {
 
 using namespace fastret;
 
-// (address, rows, cols, row stride, dtype code, bytes that may be touched); see fastret/backends/cpu/array.py
-using ArrayTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int, int64_t>;
-
-Array array(const ArrayTuple& t) {
-  const auto& [address, rows, cols, stride, dtype, bytes] = t;
-  require(dtype >= 0 && dtype <= static_cast<int>(DType::u16), "dtype", "unknown code " + std::to_string(dtype));
-  return {reinterpret_cast<void*>(address), rows, cols, stride, static_cast<DType>(dtype), bytes};
-}
-Array array(const std::optional<ArrayTuple>& t) { return t ? array(*t) : Array{}; }
-
-RankSumsProblem problem(const ArrayTuple& x, const std::optional<ArrayTuple>& y, const ArrayTuple& order,
-                        const ArrayTuple& start, const ArrayTuple& count, bool exclude_self, bool normalize,
-                        double temperature, int threads) {
-  return {array(x),     array(y ? *y : x), array(order), array(start), array(count),
-          !y.has_value(), exclude_self,      normalize,    temperature,  threads};
+RankSumsProblem problem(const Array& x, const MaybeArray& y, const Array& order, const Array& start, const Array& count,
+                        bool exclude_self, bool normalize, double temperature, int threads) {
+  return {x, y.value_or(x), order, start, count, !y.has_value(), exclude_self, normalize, temperature, threads};
 }
 
-using MaybeArray = std::optional<ArrayTuple>;
-using Relation = std::optional<std::pair<ArrayTuple, ArrayTuple>>;
-// same, different, distinct, offset, period (0: none), above, below
-using MaskTuple = std::tuple<Relation, Relation, Relation, std::optional<int64_t>, int64_t, MaybeArray, MaybeArray>;
-// kind, index, offsets, shifts, weights, base, period, mask, weight, dense, factor, uniform; see PairTarget
-using TargetTuple = std::tuple<int, MaybeArray, MaybeArray, std::vector<int64_t>, std::vector<double>, int64_t, int64_t,
-                               MaskTuple, MaybeArray, MaybeArray, double, double>;
-// scale, whether over columns, mask, target, row bias, column bias, reduction
-using HeadTuple = std::tuple<double, bool, MaskTuple, TargetTuple, MaybeArray, MaybeArray, int>;
-using LevelTuple = std::pair<int64_t, int64_t>;  // width, number of heads
+using LevelTuple = std::pair<int64_t, int64_t>;   // width, number of heads
 using CentersTuple = std::pair<int64_t, double>;  // count, temperature or 0
-using GradientTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray>;  // scale, row bias, column bias
 
-PairMask::Relation relation(const Relation& r) {
-  return r ? PairMask::Relation{array(r->first), array(r->second)} : PairMask::Relation{};
-}
-
-PairMask mask(const MaskTuple& t) {
-  const auto& [same, different, distinct, offset, period, above, below] = t;
-  return {relation(same), relation(different), relation(distinct), offset.has_value(),
-          offset.value_or(0), period, array(above), array(below)};
-}
-
-LseHead head(const HeadTuple& t) {
-  const auto& [scale, column, head_mask, target, row_bias, col_bias, reduction] = t;
-  const auto& [kind, index, offsets, shifts, weights, base, period, target_mask, weight, dense, factor, uniform] = target;
-  return {scale, column, mask(head_mask),
-          {static_cast<PairTarget::Kind>(kind), array(index), array(offsets), shifts, weights, base, period,
-           mask(target_mask), array(weight), array(dense), factor, uniform},
-          array(row_bias), array(col_bias), static_cast<Reduction>(reduction)};
-}
-
-LseGradient gradient(const GradientTuple& t) {
-  const auto& [scale, row_bias, col_bias] = t;
-  return {array(scale), array(row_bias), array(col_bias)};
-}
-
-MaskedLseProblem lse_problem(const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
-                             bool normalize, int64_t first_column, int threads,
+MaskedLseProblem lse_problem(const Array& x, const MaybeArray& y, const std::vector<LseHead>& heads, bool normalize,
+                             int64_t first_column, int threads,
                              const std::vector<LevelTuple>& levels = {}, const CentersTuple& centers = {1, 0}) {
-  MaskedLseProblem p{array(x), array(y ? *y : x), !y.has_value(), normalize, first_column, threads, {}, {},
+  MaskedLseProblem p{x, y.value_or(x), !y.has_value(), normalize, first_column, threads, heads, {},
                      {centers.first, centers.second}};
-  for (const HeadTuple& h : heads) p.heads.push_back(head(h));
   for (const auto& [width, count] : levels) p.levels.push_back({width, count});
   return p;
 }
 
-PairDotProblem pair_problem(const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row, const ArrayTuple& column,
-                            bool normalize, int threads) {
-  return {array(x), array(y ? *y : x), array(row), array(column), !y.has_value(), normalize, threads};
+PairDotProblem pair_problem(const Array& x, const MaybeArray& y, const Array& row, const Array& column, bool normalize,
+                            int threads) {
+  return {x, y.value_or(x), row, column, !y.has_value(), normalize, threads};
 }
 
 // x, bank, first, index, seed, count, threads
-SampledDotProblem sampled_problem(const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first,
-                                  const MaybeArray& index, uint64_t seed, int64_t count, int threads) {
-  return {array(x), array(bank), array(first), array(index), seed, count, threads};
+SampledDotProblem sampled_problem(const Array& x, const Array& bank, const MaybeArray& first, const MaybeArray& index,
+                                  uint64_t seed, int64_t count, int threads) {
+  return {x, bank, array(first), array(index), seed, count, threads};
 }
 
 // x, keys, bias, logits, codebook, books
-using AssignTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray, ArrayTuple, int64_t>;
+using AssignTuple = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray, Array, int64_t>;
 using FourArrays = std::tuple<MaybeArray, MaybeArray, MaybeArray, MaybeArray>;
 
 SoftAssignProblem assign_problem(const AssignTuple& t, int threads) {
   const auto& [x, keys, bias, logits, codebook, books] = t;
-  return {array(x), array(keys), array(bias), array(logits), array(codebook), books, threads};
+  return {array(x), array(keys), array(bias), array(logits), codebook, books, threads};
 }
 
 }  // namespace
@@ -114,158 +113,153 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of fastret";
 
   m.def("rank_sums_forward",
-        [](const ArrayTuple& x, const std::optional<ArrayTuple>& y, const ArrayTuple& order, const ArrayTuple& start,
-           const ArrayTuple& count, bool exclude_self, bool normalize, double temperature, int threads,
-           const ArrayTuple& rank_all, const ArrayTuple& rank_pos) {
+        [](const Array& x, const MaybeArray& y, const Array& order, const Array& start, const Array& count,
+           bool exclude_self, bool normalize, double temperature, int threads, const Array& rank_all,
+           const Array& rank_pos) {
           const RankSumsProblem p = problem(x, y, order, start, count, exclude_self, normalize, temperature, threads);
           const py::gil_scoped_release release;
-          rank_sums_forward(p, array(rank_all), array(rank_pos));
+          rank_sums_forward(p, rank_all, rank_pos);
         });
   m.def("rank_sums_backward",
-        [](const ArrayTuple& x, const std::optional<ArrayTuple>& y, const ArrayTuple& order, const ArrayTuple& start,
-           const ArrayTuple& count, bool exclude_self, bool normalize, double temperature, int threads,
-           const ArrayTuple& grad_all, const ArrayTuple& grad_pos, const std::optional<ArrayTuple>& dx,
-           const std::optional<ArrayTuple>& dy) {
+        [](const Array& x, const MaybeArray& y, const Array& order, const Array& start, const Array& count,
+           bool exclude_self, bool normalize, double temperature, int threads, const Array& grad_all,
+           const Array& grad_pos, const MaybeArray& dx, const MaybeArray& dy) {
           const RankSumsProblem p = problem(x, y, order, start, count, exclude_self, normalize, temperature, threads);
           const py::gil_scoped_release release;
-          rank_sums_backward(p, array(grad_all), array(grad_pos), array(dx), array(dy));
+          rank_sums_backward(p, grad_all, grad_pos, array(dx), array(dy));
         });
 
   m.def("masked_lse_forward",
-        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
+        [](const Array& x, const MaybeArray& y, const std::vector<LseHead>& heads,
            const std::vector<LevelTuple>& levels, bool normalize, int64_t first_column, int threads,
-           const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results, const CentersTuple& centers) {
+           const std::vector<std::pair<Array, Array>>& results, const CentersTuple& centers) {
           const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels, centers);
           std::vector<LseResult> out;
-          for (const auto& [lse, t] : results) out.push_back({array(lse), array(t)});
+          for (const auto& [lse, t] : results) out.push_back({lse, t});
           const py::gil_scoped_release release;
           masked_lse_forward(p, out);
         });
   m.def("masked_lse_backward",
-        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<HeadTuple>& heads,
+        [](const Array& x, const MaybeArray& y, const std::vector<LseHead>& heads,
            const std::vector<LevelTuple>& levels, bool normalize, int64_t first_column, int threads,
-           const std::vector<std::tuple<ArrayTuple, MaybeArray, MaybeArray>>& upstream, const MaybeArray& dx,
-           const MaybeArray& dy, const std::vector<GradientTuple>& gradients, const CentersTuple& centers) {
+           const std::vector<std::tuple<Array, MaybeArray, MaybeArray>>& upstream, const MaybeArray& dx,
+           const MaybeArray& dy, const std::vector<LseGradient>& gradients, const CentersTuple& centers) {
           const MaskedLseProblem p = lse_problem(x, y, heads, normalize, first_column, threads, levels, centers);
           std::vector<LseUpstream> in;
           for (const auto& [lse, grad_lse, grad_t] : upstream)
-            in.push_back({array(lse), array(grad_lse), array(grad_t)});
-          std::vector<LseGradient> out;
-          for (const GradientTuple& g : gradients) out.push_back(gradient(g));
+            in.push_back({lse, array(grad_lse), array(grad_t)});
           const py::gil_scoped_release release;
-          masked_lse_backward(p, in, array(dx), array(dy), out);
+          masked_lse_backward(p, in, array(dx), array(dy), gradients);
         });
   m.def("masked_lse_sweep",
-        [](const ArrayTuple& x, const MaybeArray& y, const HeadTuple& h, bool normalize, int64_t first_column,
-           int threads, const ArrayTuple& weight, const ArrayTuple& lse, const ArrayTuple& t, const MaybeArray& dx,
-           const MaybeArray& dy, const GradientTuple& g, const CentersTuple& centers) {
+        [](const Array& x, const MaybeArray& y, const LseHead& h, bool normalize, int64_t first_column,
+           int threads, const Array& weight, const Array& lse, const Array& t, const MaybeArray& dx,
+           const MaybeArray& dy, const LseGradient& g, const CentersTuple& centers) {
           const MaskedLseProblem p = lse_problem(x, y, {h}, normalize, first_column, threads, {}, centers);
-          const LseResult result{array(lse), array(t)};
-          const LseGradient out = gradient(g);
           const py::gil_scoped_release release;
-          masked_lse_sweep(p, array(weight), result, array(dx), array(dy), out);
+          masked_lse_sweep(p, weight, {lse, t}, array(dx), array(dy), g);
         });
   m.def("row_extrema",
-        [](const ArrayTuple& x, const MaybeArray& y, const std::vector<std::tuple<bool, MaskTuple>>& extrema,
+        [](const Array& x, const MaybeArray& y, const std::vector<std::tuple<bool, PairMask>>& extrema,
            bool normalize, int64_t first_column, int threads,
-           const std::vector<std::pair<ArrayTuple, ArrayTuple>>& results) {
+           const std::vector<std::pair<Array, Array>>& results) {
           require(results.size() == extrema.size(), "results", "expected one an extremum");
           const MaskedLseProblem p = lse_problem(x, y, {}, normalize, first_column, threads);
           std::vector<Extremum> wanted;
           for (size_t k = 0; k < extrema.size(); ++k) {
             const auto& [greatest, allowed] = extrema[k];
-            wanted.push_back({greatest, mask(allowed), array(results[k].first), array(results[k].second)});
+            wanted.push_back({greatest, allowed, results[k].first, results[k].second});
           }
           const py::gil_scoped_release release;
           row_extrema(p, wanted);
         });
-  m.def("pair_dot_forward", [](const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row,
-                               const ArrayTuple& column, bool normalize, int threads, const ArrayTuple& scores) {
+  m.def("pair_dot_forward", [](const Array& x, const MaybeArray& y, const Array& row,
+                               const Array& column, bool normalize, int threads, const Array& scores) {
     const PairDotProblem p = pair_problem(x, y, row, column, normalize, threads);
     const py::gil_scoped_release release;
-    pair_dot_forward(p, array(scores));
+    pair_dot_forward(p, scores);
   });
   m.def("pair_dot_backward",
-        [](const ArrayTuple& x, const MaybeArray& y, const ArrayTuple& row, const ArrayTuple& column, bool normalize,
-           int threads, const ArrayTuple& grad, const MaybeArray& dx, const MaybeArray& dy) {
+        [](const Array& x, const MaybeArray& y, const Array& row, const Array& column, bool normalize,
+           int threads, const Array& grad, const MaybeArray& dx, const MaybeArray& dy) {
           const PairDotProblem p = pair_problem(x, y, row, column, normalize, threads);
           const py::gil_scoped_release release;
-          pair_dot_backward(p, array(grad), array(dx), array(dy));
+          pair_dot_backward(p, grad, array(dx), array(dy));
         });
-  m.def("segment_mean_forward", [](const ArrayTuple& x, const ArrayTuple& index, bool mean, int threads,
-                                   const ArrayTuple& result, const ArrayTuple& counts) {
-    const SegmentMeanProblem p{array(index), mean, threads};
+  m.def("segment_mean_forward", [](const Array& x, const Array& index, bool mean, int threads,
+                                   const Array& result, const Array& counts) {
+    const SegmentMeanProblem p{index, mean, threads};
     const py::gil_scoped_release release;
-    segment_mean_forward(p, array(x), array(result), array(counts));
+    segment_mean_forward(p, x, result, counts);
   });
-  m.def("segment_mean_backward", [](const ArrayTuple& grad, const ArrayTuple& index, const ArrayTuple& counts,
-                                    bool mean, int threads, const ArrayTuple& dx) {
-    const SegmentMeanProblem p{array(index), mean, threads};
+  m.def("segment_mean_backward", [](const Array& grad, const Array& index, const Array& counts,
+                                    bool mean, int threads, const Array& dx) {
+    const SegmentMeanProblem p{index, mean, threads};
     const py::gil_scoped_release release;
-    segment_mean_backward(p, array(grad), array(counts), array(dx));
+    segment_mean_backward(p, grad, counts, dx);
   });
-  m.def("topk", [](const ArrayTuple& x, const ArrayTuple& y, int64_t k, const MaskTuple& allowed, int metric,
-                   int64_t first_column, int threads, const ArrayTuple& scores, const ArrayTuple& indices) {
+  m.def("topk", [](const Array& x, const Array& y, int64_t k, const PairMask& allowed, int metric,
+                   int64_t first_column, int threads, const Array& scores, const Array& indices) {
     require(metric >= 0 && metric <= static_cast<int>(TopkMetric::l2), "metric", "unknown kind");
-    const TopkProblem p{array(x), array(y), k, mask(allowed), static_cast<TopkMetric>(metric), first_column, threads};
+    const TopkProblem p{x, y, k, allowed, static_cast<TopkMetric>(metric), first_column, threads};
     const py::gil_scoped_release release;
-    topk(p, array(scores), array(indices));
+    topk(p, scores, indices);
   });
   m.def("topk_plan", [](int64_t n, int64_t m, int64_t k, int64_t key_bytes, int threads) {
     const TopkPlan p = topk_plan(n, m, k, key_bytes, threads);
     return std::tuple{p.row_block, p.parts, p.part_cols, p.capacity};
   });
-  m.def("pq_topk", [](const ArrayTuple& query, const ArrayTuple& codebook, const ArrayTuple& codes, int64_t words,
+  m.def("pq_topk", [](const Array& query, const Array& codebook, const Array& codes, int64_t words,
                       int64_t k, int metric, int64_t first_index, bool half_tables, int threads,
-                      const ArrayTuple& scores, const ArrayTuple& indices) {
+                      const Array& scores, const Array& indices) {
     require(metric >= 0 && metric <= static_cast<int>(PqMetric::dot), "metric", "unknown kind");
-    const PqTopkProblem p{array(query), array(codebook), array(codes), words, k, static_cast<PqMetric>(metric),
+    const PqTopkProblem p{query, codebook, codes, words, k, static_cast<PqMetric>(metric),
                           first_index, half_tables, threads};
     const py::gil_scoped_release release;
-    pq_topk(p, array(scores), array(indices));
+    pq_topk(p, scores, indices);
   });
   m.def("pq_topk_plan", [](int64_t groups, int64_t n, int64_t words, int64_t k, int threads) {
     const PqTopkPlan p = pq_topk_plan(groups, n, words, k, threads);
     return std::tuple{p.parts, p.part_rows, p.capacity};
   });
   m.def("sampled_dot_forward",
-        [](const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
-           int64_t count, int threads, const ArrayTuple& scores) {
+        [](const Array& x, const Array& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
+           int64_t count, int threads, const Array& scores) {
           const SampledDotProblem p = sampled_problem(x, bank, first, index, seed, count, threads);
           const py::gil_scoped_release release;
-          sampled_dot_forward(p, array(scores));
+          sampled_dot_forward(p, scores);
         });
   m.def("sampled_dot_backward",
-        [](const ArrayTuple& x, const ArrayTuple& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
-           int64_t count, int threads, const ArrayTuple& grad, const MaybeArray& dx, const MaybeArray& d_bank) {
+        [](const Array& x, const Array& bank, const MaybeArray& first, const MaybeArray& index, uint64_t seed,
+           int64_t count, int threads, const Array& grad, const MaybeArray& dx, const MaybeArray& d_bank) {
           const SampledDotProblem p = sampled_problem(x, bank, first, index, seed, count, threads);
           const py::gil_scoped_release release;
-          sampled_dot_backward(p, array(grad), array(dx), array(d_bank));
+          sampled_dot_backward(p, grad, array(dx), array(d_bank));
         });
-  m.def("patchmix", [](const ArrayTuple& x, const ArrayTuple& groups,
+  m.def("patchmix", [](const Array& x, const Array& groups,
                        const std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>& sizes, int threads,
-                       const ArrayTuple& out) {
+                       const Array& out) {
     const auto& [planes, down, lines, across, piece] = sizes;
-    const PatchMixProblem p{array(x), array(groups), planes, down, lines, across, piece, threads};
+    const PatchMixProblem p{x, groups, planes, down, lines, across, piece, threads};
     const py::gil_scoped_release release;
-    patchmix(p, array(out));
+    patchmix(p, out);
   });
   m.def("soft_assign_forward",
-        [](const AssignTuple& problem, int threads, const ArrayTuple& codes, const MaybeArray& lse,
+        [](const AssignTuple& problem, int threads, const Array& codes, const MaybeArray& lse,
            const MaybeArray& soft, const MaybeArray& usage, const MaybeArray& purity) {
           const SoftAssignProblem p = assign_problem(problem, threads);
-          const SoftAssignResult r{array(codes), array(lse), array(soft), array(usage), array(purity)};
+          const SoftAssignResult r{codes, array(lse), array(soft), array(usage), array(purity)};
           const py::gil_scoped_release release;
           soft_assign_forward(p, r);
         });
   m.def("soft_assign_backward",
         [](const AssignTuple& problem, int threads, const FourArrays& in, const MaybeArray& lse,
-           const ArrayTuple& codes, bool straight_through, const FourArrays& out) {
+           const Array& codes, bool straight_through, const FourArrays& out) {
           const SoftAssignProblem p = assign_problem(problem, threads);
           const auto& [soft, hard, usage, purity] = in;
           const auto& [rows, keys, bias, codebook] = out;
-          const SoftAssignUpstream u{array(soft),   array(hard), array(usage),    array(purity),
-                                     array(lse),    array(codes), straight_through};
+          const SoftAssignUpstream u{array(soft), array(hard), array(usage), array(purity), array(lse), codes,
+                                     straight_through};
           const SoftAssignGradient g{array(rows), array(keys), array(bias), array(codebook)};
           const py::gil_scoped_release release;
           soft_assign_backward(p, u, g);

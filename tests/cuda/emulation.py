@@ -2,6 +2,7 @@
 with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import re
@@ -29,6 +30,13 @@ def build() -> Path:
     """The folder with plain/ and sanitized/ variants of _cuda.so and planted.so, brought up to date."""
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # the processes that share the tests would each build it, in one place
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _bring_up_to_date(folder)
+    return folder
+
+
+def _bring_up_to_date(folder: Path) -> None:
     include = [sysconfig.get_path("include"), pybind11.get_include()]
     lines = ["ninja_required_version = 1.5", "rule cxx"]
     lines += [f"  command = {CXX} $flags -MMD -MF $out.d -x c++ -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
@@ -53,7 +61,6 @@ def build() -> Path:
             lines.extend((f"build {variant}/{target}: link {' '.join(parts)}", f"  flags = {' '.join(extra)}"))
     (folder / "build.ninja").write_text("\n".join([*lines, ""]))
     subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(folder)], check=True)
-    return folder
 
 
 def with_bounds(source: str) -> str:
