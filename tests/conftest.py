@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():  # on a GPU the tests must run compiled kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+gc.disable()  # until the tests are collected
 sys.path.append(str(Path(__file__).resolve().parent))
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
@@ -49,3 +51,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """The tests are no garbage: looking through all of them again and again would take a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(700, 10, 50)
+    gc.enable()

@@ -12,6 +12,7 @@ def settle() -> None:
     repair_bf16()
     patch_once()
     remember_types()
+    shorten_arithmetic()
 
 
 def repair_bf16() -> None:
@@ -88,3 +89,25 @@ def remember_types() -> None:
 
     interpreter._get_np_dtype = get_np_dtype
     core.block_type.__init__, core.tensor.__init__ = init_block_type, init_tensor
+
+
+def shorten_arithmetic() -> None:
+    """Operands of one shape need no broadcast; and whether integers overflow, which the interpreter computes by some
+    twenty operations of its own and then says to nobody, is one sum, and an error. Unsigned ones are meant to wrap."""
+    semantic = interpreter.interpreter_semantic
+    broadcast = semantic.broadcast_impl_value
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def broadcast_impl_value(lhs: Any, rhs: Any) -> Any:
+        a, b = lhs.type, rhs.type
+        return (lhs, rhs) if a.is_block() and b.is_block() and a.shape is b.shape else broadcast(lhs, rhs)
+
+    def check_overflow(lhs: Any, rhs: Any, operation: Any) -> None:
+        kind = lhs.type.scalar
+        if not kind.is_int_signed() or not 8 <= kind.int_bitwidth < 64:
+            return
+        result = exact[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        most = 2 ** (kind.int_bitwidth - 1)
+        assert ((-most <= result) & (result < most)).all(), f"{kind} overflows in {operation.__name__}"
+
+    semantic.broadcast_impl_value, semantic.binary_op_sanitize_overflow_impl = broadcast_impl_value, check_overflow
