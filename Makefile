@@ -5,7 +5,8 @@ VENV ?= .venv
 # xdist's own begins with files of many tests and ends with one that is slow.
 TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported, when it is.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 # Torch's threads would otherwise spin while they wait, and slow whatever shares the machine.
 export OMP_WAIT_POLICY ?= passive

@@ -64,7 +64,7 @@ CUDA_TARGETS = [f"-gencode arch=compute_{a},code=sm_{a}" for a in ("80", "90a", 
 CUDA_TARGETS.append("-gencode arch=compute_100,code=compute_100")
 # A kernel that spills registers is a defect, not a slow kernel: it does not build.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler -fPIC,-fvisibility=hidden,-Wall", *CUDA_TARGETS]
-NVCC_FLAGS.append("-Xptxas --warn-on-spills -Xptxas --warning-as-error")
+NVCC_FLAGS.append("-Xptxas --warn-on-spills -Xptxas --warning-as-error --threads 4")  # a target each
 
 
 def find_nvcc() -> str | None:

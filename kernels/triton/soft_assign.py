@@ -22,7 +22,7 @@ Other weights are rounded to the dtype of the rows, as everywhere. A score is th
 Predicted, not yet run on a GPU: N M K L multiply-adds 2 times forward (3 with usage) and 9 backward (5 of the rows'
 side, 4 of the words'), N M K exponentials 1 (2) and 3 times; of memory the rows, their gradients and 12 bytes a part.
 N = 4096, M = 8, K = 256, L = 16: 134 M multiply-adds a product, 8.4 M exponentials a sweep (2 us of an H100's), 4 MB.
-In bfloat16 that is 5 us of tensor cores (19 products) and 9 us of exponentials, about 20 us with launches; in float32,
+In bfloat16 that is 8 us of tensor cores (19 products) and 9 us of exponentials, about 20 us with launches; in float32,
 which is IEEE and on the ordinary units, at least 44 us of multiply-adds.
 """
 
