@@ -64,7 +64,7 @@ CUDA_TARGETS = [f"-gencode arch=compute_{a},code=sm_{a}" for a in ("80", "90a", 
 CUDA_TARGETS.append("-gencode arch=compute_100,code=compute_100")
 # A kernel that spills registers is a defect, not a slow kernel: it does not build.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler -fPIC,-fvisibility=hidden,-Wall", *CUDA_TARGETS]
-NVCC_FLAGS.append("-Xptxas --warn-on-spills -Xptxas --warning-as-error --threads 4")  # a target each
+NVCC_FLAGS.append("-Xptxas --warn-on-spills -Xptxas --warning-as-error")
 
 
 def find_nvcc() -> str | None:
@@ -119,7 +119,8 @@ class NinjaBuildExt(build_ext):
     def build_cuda(self, ext: Extension, flags: list[str], link: list[str]) -> None:
         nvcc = find_nvcc()
         assert nvcc is not None
-        compilers = {"cxx": [CXX, *flags], "nvcc": [escape(nvcc), *NVCC_FLAGS]}
+        at_once = 1 if os.environ.get("MAX_JOBS") else len(CUDA_TARGETS)  # one file takes longer than all others
+        compilers = {"cxx": [CXX, *flags], "nvcc": [escape(nvcc), *NVCC_FLAGS, f"--threads {at_once}"]}
         edges = []
         for source in map(Path, ext.sources):
             compiler = "nvcc" if source.suffix == ".cu" else "cxx"

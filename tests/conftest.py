@@ -12,18 +12,17 @@ if not torch.cuda.is_available():  # on a GPU the tests must run compiled kernel
 import gc
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-gc.disable()  # until the tests are collected
-sys.path.append(str(Path(__file__).resolve().parent))
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    sys.path.append(str(Path(__file__).resolve().parent))
     import interpreted
 
+    sys.path.pop()  # or tests/cuda would be found as a package of that name
     interpreted.settle()
 
 
@@ -53,9 +52,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_finish() -> None:
-    """The tests are no garbage: looking through all of them again and again would take a tenth of the time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(700, 10, 50)
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Thousands of tests are no garbage: to look through them again and again takes a tenth of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.collect()  # takes what is left for all that there is
+        gc.set_threshold(700, 10, 50)  # of what tests load, a compiler say, little is garbage either
+        gc.enable()

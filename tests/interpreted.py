@@ -91,23 +91,29 @@ def remember_types() -> None:
     core.block_type.__init__, core.tensor.__init__ = init_block_type, init_tensor
 
 
-def shorten_arithmetic() -> None:
-    """Operands of one shape need no broadcast; and whether integers overflow, which the interpreter computes by some
-    twenty operations of its own and then says to nobody, is one sum, and an error. Unsigned ones are meant to wrap."""
-    semantic = interpreter.interpreter_semantic
-    broadcast = semantic.broadcast_impl_value
-    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+class Settled(interpreter.TritonSemantic):  # type: ignore[misc,type-arg]
+    """Operands of one shape need no broadcast; and whether a sum, difference or product of signed integers overflows,
+    which the interpreter computes by some twenty operations of its own and then says to nobody, is one operation of
+    numpy, and an error. Unsigned integers are meant to wrap."""
 
-    def broadcast_impl_value(lhs: Any, rhs: Any) -> Any:
+    def broadcast_impl_value(self, lhs: Any, rhs: Any) -> Any:
         a, b = lhs.type, rhs.type
-        return (lhs, rhs) if a.is_block() and b.is_block() and a.shape is b.shape else broadcast(lhs, rhs)
+        if a.is_block() and b.is_block() and a.shape is b.shape:
+            return lhs, rhs
+        return super().broadcast_impl_value(lhs, rhs)
 
-    def check_overflow(lhs: Any, rhs: Any, operation: Any) -> None:
+    def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Any) -> None:
         kind = lhs.type.scalar
         if not kind.is_int_signed() or not 8 <= kind.int_bitwidth < 64:
             return
-        result = exact[operation.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[binary_op.__name__]
+        result = exact(lhs.handle.data, rhs.handle.data, dtype=np.int64)
         most = 2 ** (kind.int_bitwidth - 1)
-        assert ((-most <= result) & (result < most)).all(), f"{kind} overflows in {operation.__name__}"
+        assert ((-most <= result) & (result < most)).all(), f"{kind} overflows in {binary_op.__name__}"
 
-    semantic.broadcast_impl_value, semantic.binary_op_sanitize_overflow_impl = broadcast_impl_value, check_overflow
+
+def shorten_arithmetic() -> None:
+    """For all operations: Triton 3.6 makes an object of the class for each of them, 3.7 has one."""
+    interpreter.TritonSemantic = Settled
+    if hasattr(interpreter, "interpreter_semantic"):
+        interpreter.interpreter_semantic.__class__ = Settled

@@ -1,4 +1,4 @@
-// fastret._C: the only pybind11 file. How arrays come from Python: csrc/common/binding.h.
+// fastret._C. How arrays come from Python: csrc/common/binding.h.
 #include <tuple>
 #include <utility>
 #include <vector>

@@ -1,5 +1,5 @@
-// fastret._cuda: the only pybind11 file of the CUDA kernels. Arrays come as tuples of integers, as in
-// csrc/cpu/module.cpp, and a stream as an integer. The emulation is this file too, with FASTRET_EMULATION.
+// fastret._cuda. How arrays come from Python: csrc/common/binding.h; a stream is an integer. The emulation is this file
+// too, with FASTRET_EMULATION.
 #include <tuple>
 
 #include "../common/binding.h"
