@@ -27,7 +27,7 @@ CXX = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shu
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast"]
 
-# It hands arrays on and computes nothing; to optimise it takes longer than to compile it.
+# It hands arrays on and computes nothing; -O3 would take as long again as all else of its compilation.
 BINDING_FLAGS = {"module.cpp": ["-O1"]}
 
 ISAS = {"base": []}

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made right and several times as fast: nine tenths of its time are Python around numpy."""
+"""Triton's interpreter, made right, and more than twice as fast: most of its time is Python around numpy."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def patch_once() -> None:
 
 
 def remember_types() -> None:
-    """An operation makes some ten types and tensors, all of a few shapes: what they hold of a shape is made once."""
+    """An operation makes several types and tensors, all of a few shapes: what they hold of a shape is made once."""
     numpy_type, block_type = interpreter._get_np_dtype, core.block_type.__init__
     numpy_types: dict[str, Any] = {}
     shapes: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -93,7 +93,7 @@ def remember_types() -> None:
 
 class Settled(interpreter.TritonSemantic):  # type: ignore[misc,type-arg]
     """Operands of one shape need no broadcast; and whether a sum, difference or product of signed integers overflows,
-    which the interpreter computes by some twenty operations of its own and then says to nobody, is one operation of
+    which the interpreter computes by eight operations of its own and then says to nobody, is one operation of
     numpy, and an error. Unsigned integers are meant to wrap."""
 
     def broadcast_impl_value(self, lhs: Any, rhs: Any) -> Any:

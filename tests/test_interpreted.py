@@ -21,19 +21,32 @@ def arithmetic_kernel(a, b, out, OPERATION: tl.constexpr):
     tl.store(out + tl.arange(0, 2), result)
 
 
-@pytest.mark.parametrize(("operation", "a", "b"), [("add", 2**30, 2**30), ("sub", -(2**31), 1), ("mul", 2**16, 2**15)])
-def test_signed_integers_that_overflow_are_an_error(operation: str, a: int, b: int) -> None:
-    """One of several, and not the greatest that fit."""
-    both = [torch.tensor([1, v], dtype=torch.int32) for v in (a, b)]
-    out = torch.empty_like(both[0])
+OPERATIONS = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}
+
+
+@pytest.mark.parametrize(
+    ("operation", "over", "fits"),
+    [
+        ("add", (2**30, 2**30), (2**30, 2**30 - 1)),
+        ("sub", (-(2**31), 1), (1 - 2**31, 1)),
+        ("mul", (2**16, 2**15), (2**16, -(2**15))),
+    ],
+)
+def test_signed_integers_that_overflow_are_an_error(
+    operation: str, over: tuple[int, int], fits: tuple[int, int]
+) -> None:
+    """One of several; not the greatest that fit, nor in 64 bits."""
+
+    def computed(pair: tuple[int, int], dtype: torch.dtype) -> bool:
+        a, b = (torch.tensor([1, v], dtype=dtype) for v in pair)
+        out = torch.empty_like(a)
+        arithmetic_kernel[(1,)](a, b, out, operation)
+        return torch.equal(out, OPERATIONS[operation](a, b))
+
     with pytest.raises(InterpreterError, match=f"int32 overflows in {operation}"):
-        arithmetic_kernel[(1,)](*both, out, operation)
-    fits = [
-        t - torch.tensor([0, s]).to(t.dtype) for t, s in zip(both, {"sub": (-1, 0)}.get(operation, (1, 1)), strict=True)
-    ]
-    arithmetic_kernel[(1,)](*fits, out, operation)
-    assert torch.equal(out, {"add": torch.add, "sub": torch.sub, "mul": torch.mul}[operation](*fits))
-    arithmetic_kernel[(1,)](*(t.long() for t in both), out.long(), operation)
+        computed(over, torch.int32)
+    assert computed(fits, torch.int32)
+    assert computed(over, torch.int64)
 
 
 def test_unsigned_integers_wrap() -> None:
